@@ -1,0 +1,44 @@
+"""The door to encoders: a `View` in, one vector a sample out. One file a kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mvpretrain.config import Door, Foreign, Kind, call_foreign
+
+
+class EncoderConfig(Kind):
+    """Settings of an encoder. `build` gives a module with `forward(view) -> b dim` and an attribute `dim`."""
+
+    def build(self) -> nn.Module:
+        raise TypeError(f"{type(self).__name__} must define build")
+
+    def portable(self, encoder: nn.Module) -> EncoderConfig:
+        """Settings that build the same architecture with no file but the exported weights."""
+        return self
+
+
+class ForeignEncoder(EncoderConfig, Foreign):
+    """A user's own module, `forward(view) -> b dim` with an attribute `dim`, by import path."""
+
+    def build(self) -> nn.Module:
+        return call_foreign(self)
+
+
+door = Door("mvpretrain.encoders", EncoderConfig, ForeignEncoder, "encoder")
+
+
+def build(config: dict[str, Any] | EncoderConfig) -> nn.Module:
+    """An encoder from settings as a recipe writes them. ValueError: unknown kind, key or model."""
+    return door.parse(config).build()
+
+
+def local_file(path: str, wanted_by: str) -> Path:
+    """The path of a weights file or model folder. ValueError where there is none: nothing is ever downloaded."""
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise ValueError(f"{wanted_by}: {path!r} is no file or folder here; download it first and give its path")
+    return found

@@ -1,0 +1,1 @@
+"""Pure tensor mathematics: it knows no rank, no recipe and no model."""

@@ -1,0 +1,46 @@
+"""The door to objectives: two tables in, `Losses` out. One file a kind; see the README for how to add one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mvpretrain.config import Door, Foreign, Kind, call_foreign
+from mvpretrain.exchange import Alone, Exchange
+from mvpretrain.types import Objective
+
+
+class ObjectiveConfig(Kind):
+    """Settings of an objective."""
+
+    def check(self, views: Sequence[str]) -> None:
+        """ValueError where the objective asks for a view that is not among `views`."""
+
+    def build(self, views: Sequence[str], exchange: Exchange) -> Objective:
+        """The objective over these views; `exchange` is for those that must tell ranks more than the table."""
+        raise TypeError(f"{type(self).__name__} must define build")
+
+    def memory(self, views: int, rows: int, every: int, dim: int) -> int:
+        """Bytes that one rank holds at the peak of loss and gradient, beyond its own embeddings."""
+        table = every * dim * views * 4
+        return 3 * table  # the gathered table, its gradient, and the packed copy
+
+
+class ForeignObjective(ObjectiveConfig, Foreign):
+    """A user's own class, `forward(local, every) -> Losses`, by import path."""
+
+    def build(self, views: Sequence[str], exchange: Exchange) -> Objective:
+        return call_foreign(self, views=views, exchange=exchange)
+
+
+door = Door("mvpretrain.objectives", ObjectiveConfig, ForeignObjective, "objective")
+
+
+def build(config: dict[str, Any] | ObjectiveConfig, views: Sequence[str], exchange: Exchange | None = None) -> Objective:
+    """An objective from settings as a recipe writes them, for use in any training code.
+
+    `views` are the keys of the tables it will be given. ValueError: unknown kind or key, or a view that is not there.
+    """
+    parsed = door.parse(config)
+    parsed.check(views)
+    return parsed.build(views, exchange or Alone())

@@ -1,0 +1,47 @@
+"""The door to views: one raw field of a sample to one item of fixed shape. One file a kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from mvpretrain.config import Door, Foreign, Kind, call_foreign
+from mvpretrain.types import Transform
+
+
+class ViewConfig(Kind):
+    """Settings of a view.
+
+    `field` is the file ending in the shard, with alternatives: "jpg;png". `tower` names the tower that encodes it
+    (default: the view's own name; views may share one). `missing` says how much of it may be missing: `some` (single
+    samples may lack it, a whole shard may not), `any`, `none` (refuse at the start), or `drop` (samples without it are
+    left out of the epoch).
+    """
+
+    field: str
+    tower: str | None = None
+    missing: Literal["some", "any", "none", "drop"] = "some"
+
+    def build(self, train: bool) -> Transform:
+        """The transform; with `train`, augmentations draw from torch's global generator, which the stream seeds."""
+        raise TypeError(f"{type(self).__name__} must define build")
+
+    def sketch(self, latent: np.ndarray) -> Any:
+        """A raw field value that shows a latent vector, for the synthetic source."""
+        raise ValueError(f"view kind {self.kind!r} cannot be drawn synthetically; use one that can, or real shards")
+
+    def portable(self, folder: Path) -> ViewConfig:
+        """Settings that need no file outside `folder`; files that they need are copied there."""
+        return self
+
+
+class ForeignView(ViewConfig, Foreign):
+    """A user's own transform, `__call__(raw) -> View` and `blank() -> View`, by import path."""
+
+    def build(self, train: bool) -> Transform:
+        return call_foreign(self, train=train)
+
+
+door = Door("mvpretrain.views", ViewConfig, ForeignView, "view")
