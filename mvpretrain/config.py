@@ -80,10 +80,6 @@ class Door(Generic[K]):
             raise ValueError(f"{self.noun} settings are a mapping with a 'kind', one of {self.kinds()}, got {value!r}")
         return self.config(value["kind"]).model_validate(value)
 
-    def schema(self) -> dict[str, Any]:
-        """JSON schema of any kind behind this door, for editors."""
-        return {"anyOf": [self.config(k).model_json_schema() for k in self.kinds()]}
-
 
 def import_path(path: str, noun: str) -> type:
     """The class at `package.module:Class`. ValueError with the reason where there is none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -13,13 +13,14 @@ from torch.nn.functional import pad
 from mvpretrain.types import Embeddings
 
 
+@runtime_checkable
 class Exchange(Protocol):
     """The ranks that share one global batch."""
 
     rank: int
     size: int
 
-    def gather(self, x: Shaped[Tensor, "b *d"]) -> Shaped[Tensor, "n *d"]:
+    def gather(self, x: Shaped[Tensor, "b ..."]) -> Shaped[Tensor, "n ..."]:
         """The rows of every rank, in rank order; every rank must bring equally many. Backward sums over ranks."""
         ...
 
@@ -124,6 +125,7 @@ def share(local: Embeddings, exchange: Exchange) -> tuple[Embeddings, Embeddings
 def padded(table: Embeddings, rows: int) -> Embeddings:
     """The table with absent rows appended up to `rows`; their ids and labels are -1."""
     more = rows - len(table.ids)
+    assert more >= 0, (len(table.ids), rows)
     if more == 0:
         return table
     return Embeddings(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 
@@ -12,6 +13,10 @@ class View(NamedTuple):
 
     data: Tensor  # b *item
     mask: Tensor | None = None  # b length, True where there is data (views of variable length)
+
+    def to(self, device: torch.device) -> View:
+        mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
+        return View(self.data.to(device, non_blocking=True), mask)
 
 
 class Sample(NamedTuple):
@@ -30,6 +35,14 @@ class Batch(NamedTuple):
     ids: Tensor  # b, int64; equal ids are views of the same thing
     present: dict[str, Tensor]  # b, bool
     labels: Tensor  # b, int64, -1 where unknown
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            {v: view.to(device) for v, view in self.views.items()},
+            self.ids.to(device, non_blocking=True),
+            {v: p.to(device, non_blocking=True) for v, p in self.present.items()},
+            self.labels.to(device, non_blocking=True),
+        )
 
 
 class Embeddings(NamedTuple):
@@ -55,6 +68,7 @@ class Encoder(Protocol):
     def __call__(self, view: View) -> Tensor: ...
 
 
+@runtime_checkable
 class Objective(Protocol):
     """This rank's rows against the rows of every rank.
 
@@ -66,6 +80,7 @@ class Objective(Protocol):
     def __call__(self, local: Embeddings, every: Embeddings) -> Losses: ...
 
 
+@runtime_checkable
 class Transform(Protocol):
     """What a view's config builds: a raw field to one item, always of the same shape."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mvpretrain.config import Door, Foreign, Kind, call_foreign
 
@@ -42,3 +44,18 @@ def local_file(path: str, wanted_by: str) -> Path:
     if not found.exists():
         raise ValueError(f"{wanted_by}: {path!r} is no file or folder here; download it first and give its path")
     return found
+
+
+def unknown_model(library: str, name: str, known: Sequence[str]) -> str:
+    """One clause that refuses a model's name and offers the nearest of a list too long to show."""
+    near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    hint = f"nearest: {', '.join(near)}; " if near else ""
+    return f"unknown {library} model {name!r}; {hint}{library}.list_models() has all {len(known)}"
+
+
+def check_items(data: Tensor, shape: Sequence[int | None], encoder: str, remedy: str) -> None:
+    """ValueError unless `data` is `b *shape`; None in `shape` stands for any length."""
+    item = tuple(data.shape[1:])
+    if len(item) != len(shape) or any(want not in (None, got) for want, got in zip(shape, item)):
+        wanted = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ValueError(f"{encoder} encoder takes items of shape ({wanted}), got {item}; {remedy}")

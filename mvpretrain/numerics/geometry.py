@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,7 +18,7 @@ def uniformity(z: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
         return z.new_zeros(())
     squared = 2 - 2 * (z @ z.T)
     off = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
-    return (-2 * squared[off]).logsumexp(0) - torch.tensor(float(off.sum()), device=z.device).log()
+    return (-2 * squared[off]).logsumexp(0) - math.log(len(z) * (len(z) - 1))
 
 
 def spread(z: Float[Tensor, "b d"]) -> Float[Tensor, ""]:

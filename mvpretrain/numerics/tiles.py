@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -23,8 +25,8 @@ def logsumexp(
 
     With `apart` = (ids of rows, ids of columns), columns of the row's own id are left out too. A row that no column is
     left for gets -inf (no gradient) and index 0. Differentiable once, in rows, columns and scale; the backward
-    recomputes the tiles: d lse_i / d row_i = scale sum_j p_ij column_j with p = softmax, and so on. Memory: O(b d + n d)
-    plus one tile of 1,024 x 2,048.
+    recomputes the tiles: d lse_i / d row_i = scale sum_j p_ij column_j with p = softmax, and so on. Memory:
+    O(b d + n d) plus one tile of 1,024 x 2,048.
     """
     return _LogSumExp.apply(rows, columns, scale, valid, *(apart or (None, None)))  # type: ignore[return-value]
 
@@ -42,8 +44,20 @@ def _slices(length: int, step: int) -> list[slice]:
     return [slice(at, min(at + step, length)) for at in range(0, length, step)]
 
 
+def _exactly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast off: in bfloat16, similarities of scale 100 would be off by whole units."""
+
+    @wraps(function)
+    def exact(ctx: Any, *tensors: Any) -> Any:
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return function(ctx, *tensors)
+
+    return exact
+
+
 class _LogSumExp(torch.autograd.Function):
     @staticmethod
+    @_exactly
     def forward(ctx: Any, rows, columns, scale, valid, row_ids, column_ids):
         lse = rows.new_empty(len(rows))
         best = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
@@ -66,6 +80,7 @@ class _LogSumExp(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_exactly
     def backward(ctx: Any, grad, _):  # type: ignore[override]
         rows, columns, scale, valid, row_ids, column_ids, lse = ctx.saved_tensors
         empty = lse == -torch.inf

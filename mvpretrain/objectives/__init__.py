@@ -36,7 +36,9 @@ class ForeignObjective(ObjectiveConfig, Foreign):
 door = Door("mvpretrain.objectives", ObjectiveConfig, ForeignObjective, "objective")
 
 
-def build(config: dict[str, Any] | ObjectiveConfig, views: Sequence[str], exchange: Exchange | None = None) -> Objective:
+def build(
+    config: dict[str, Any] | ObjectiveConfig, views: Sequence[str], exchange: Exchange | None = None
+) -> Objective:
     """An objective from settings as a recipe writes them, for use in any training code.
 
     `views` are the keys of the tables it will be given. ValueError: unknown kind or key, or a view that is not there.

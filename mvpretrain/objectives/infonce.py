@@ -134,7 +134,7 @@ def one_way(
     positives = scale * (anchors * positive_mean(local, every, v)).sum(dim=1)
     counts, all_counts = has_positive(local, every, u, v), has_positive(every, every, u, v)
     # The global number of anchors, as seen from one of len(every) / len(local) equal parts.
-    rows = all_counts.sum().clamp_min(1) * (len(local.ids) / len(every.ids))
+    rows = all_counts.sum().clamp_min(1).to(log_sum.dtype) * (len(local.ids) / len(every.ids))
     loss = (log_sum - positives).masked_fill(~counts, 0).sum() / rows
     hits = ((every.ids[best] == local.ids) & counts).sum() / rows
     return loss, hits

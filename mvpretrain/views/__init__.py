@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from mvpretrain.config import Door, Foreign, Kind, call_foreign
-from mvpretrain.types import Transform
+from mvpretrain.types import Transform, View
 
 
 class ViewConfig(Kind):
@@ -45,3 +47,21 @@ class ForeignView(ViewConfig, Foreign):
 
 
 door = Door("mvpretrain.views", ViewConfig, ForeignView, "view")
+
+
+def piece(values: Tensor, length: int, train: bool) -> View:
+    """`n ...` to `length ...`: of what is too long a random piece (in evaluation the start), zeros after what is short.
+
+    The mask is True on what was there.
+    """
+    spare = len(values) - length
+    start = int(torch.randint(spare + 1, ())) if train and spare > 0 else 0
+    found = values[start : start + length]
+    mask = torch.arange(length) < len(found)
+    return View(torch.cat([found, found.new_zeros(length - len(found), *found.shape[1:])]), mask)
+
+
+def mixing(rows: int, latent: np.ndarray) -> np.ndarray:
+    """A fixed random linear map of a latent vector to `rows` numbers of about its size, for `sketch`."""
+    weight = np.random.default_rng(20260101).standard_normal((rows, len(latent)))
+    return weight @ latent / len(latent) ** 0.5

@@ -1,0 +1,33 @@
+# Sourced by the other scripts: enters the repository and its .venv, which is made and filled where that is needed.
+# Usage: source launch/setup.sh [EXTRA]        EXTRA: a group of pyproject's optional dependencies, e.g. dev
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+extra="${1:-}"
+
+if [ ! -x .venv/bin/python ]; then
+    python=""
+    for candidate in python3 python3.14 python3.13 python3.12 python3.11; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$candidate; break; fi
+    done
+    if [ -z "$python" ]; then echo "setup: Python 3.11 or newer is needed, found $(python3 --version 2>&1)" >&2; exit 1; fi
+    if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+        # Debian and Ubuntu keep these two modules in a package of their own.
+        package=$("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
+        if [ "$(id -u)" != 0 ]; then echo "setup: run 'sudo apt-get install $package' first" >&2; exit 1; fi
+        apt-get update -qq && apt-get install -y -qq "$package"
+    fi
+    echo "setup: making .venv with $("$python" --version)"
+    "$python" -m venv .venv
+fi
+source .venv/bin/activate
+
+stamp=".venv/installed-${extra:-base}-$(sha256sum pyproject.toml | cut -c1-16)"
+if [ ! -f "$stamp" ]; then
+    echo "setup: installing packages (some minutes and 6 GB the first time)"
+    pip install -q -e ".${extra:+[$extra]}"
+    # An index may hold a torch for which there is no torchvision yet; they are compiled against each other.
+    if ! python -c 'import torch, torchvision; torchvision.ops.nms(torch.rand(1, 4), torch.rand(1), 0.5)'; then
+        echo "setup: torch and torchvision do not fit together; install a matching pair into .venv and start again" >&2
+        exit 1
+    fi
+    rm -f ".venv/installed-${extra:-base}-"* && touch "$stamp"
+fi

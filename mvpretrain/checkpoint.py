@@ -1,0 +1,136 @@
+"""Checkpoints as folders: written aside, renamed when whole, found again, pruned."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from mvpretrain.engine import Engine
+from mvpretrain.exchange import Exchange
+from mvpretrain.recipe import Recipe
+from mvpretrain.shards.stream import Cursor
+
+
+class Place(NamedTuple):
+    """Where a run is: enough, with the engine's state, to go on as if nothing had happened."""
+
+    step: int
+    cursor: Cursor
+    skipped: dict[str, int]  # samples that could not be used so far, by reason
+    metrics: dict[str, float]  # of the last evaluation
+
+
+def folder(run: Path) -> Path:
+    return run / "checkpoints"
+
+
+def saved(run: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    return sorted(p for p in folder(run).glob("step-????????") if (p / "meta.json").is_file())
+
+
+def find(run: Path, which: str = "last") -> Path:
+    """One checkpoint: `last`, `best`, or a step's number. ValueError: not there, with those that are."""
+    known = saved(run)
+    if not known:
+        raise ValueError(f"{run} holds no checkpoint")
+    if which == "last":
+        return known[-1]
+    name = best(run) if which == "best" else f"step-{int(which):08d}" if which.isdigit() else which
+    for path in known:
+        if path.name == name:
+            return path
+    raise ValueError(f"{run} has no checkpoint {which!r}; it has {', '.join(p.name for p in known)}, last and best")
+
+
+def best(run: Path) -> str | None:
+    """The name of the checkpoint with the best evaluation, None before the first one."""
+    record = folder(run) / "best.json"
+    return json.loads(record.read_text())["checkpoint"] if record.is_file() else None
+
+
+def save(run: Path, engine: Engine, recipe: Recipe, place: Place) -> Path:
+    """Write the checkpoint of this step; every rank calls it. It appears under its name only when it is whole."""
+    rank, exchange = engine.world.rank, engine.world.exchange
+    final = folder(run) / f"step-{place.step:08d}"
+    partial = final.with_name("." + final.name)
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    exchange.largest(0)  # a barrier: nobody writes before the folder is there
+    engine.save(partial)
+    torch.save(_generators(), partial / f"rank-{rank}.pt")
+    weights = engine.weights()
+    if rank == 0:
+        save_file(weights, partial / "weights.safetensors")
+        (partial / "recipe.yaml").write_text(recipe.dump())
+        meta = {"size": engine.world.size, "kind": engine.world.kind, "batch": recipe.batch, **place._asdict()}
+        (partial / "meta.json").write_text(json.dumps(meta, indent=1))
+    exchange.largest(0)  # and nobody renames before everyone has written
+    if rank == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        _prune(run, recipe)
+    exchange.largest(0)
+    return final
+
+
+def load(path: Path, engine: Engine) -> Place:
+    """Put engine, generators and place back. ValueError: written by another world that this engine cannot take over."""
+    meta = json.loads((path / "meta.json").read_text())
+    world = engine.world
+    if world.kind.startswith("zero") and (meta["size"] != world.size or meta["kind"] != world.kind):
+        raise ValueError(
+            f"{path} was written by {meta['size']} ranks under {meta['kind']}, this run has {world.size} under "
+            f"{world.kind}; start it as it was, or begin a new run from {path / 'weights.safetensors'} (init=...)"
+        )
+    engine.load(path)
+    generators = path / f"rank-{world.rank}.pt"
+    if generators.is_file():
+        _restore(torch.load(generators, weights_only=False))
+    return Place(meta["step"], Cursor(meta["cursor"][0], tuple(meta["cursor"][1])), meta["skipped"], meta["metrics"])
+
+
+def note_best(run: Path, step: int, metric: str, value: float, exchange: Exchange) -> bool:
+    """Remember this step as the best one if it is; every rank calls it and gets the same answer."""
+    record = folder(run) / "best.json"
+    before = json.loads(record.read_text())["value"] if record.is_file() else -float("inf")
+    better = bool(exchange.largest(int(exchange.rank == 0 and value > before)))
+    if better and exchange.rank == 0:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        content = {"checkpoint": f"step-{step:08d}", "metric": metric, "value": value}
+        aside = record.with_suffix(".tmp")
+        aside.write_text(json.dumps(content))
+        os.replace(aside, record)
+    return better
+
+
+def _prune(run: Path, recipe: Recipe) -> None:
+    for old in saved(run)[: -recipe.checkpoint.keep]:
+        if old.name != best(run):
+            shutil.rmtree(old)
+
+
+def _generators() -> dict[str, Any]:
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": np.random.get_state(),
+        "python": random.getstate(),
+    }
+
+
+def _restore(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])

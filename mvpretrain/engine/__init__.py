@@ -1,0 +1,29 @@
+"""Ranks, devices, precision, the step, and its state on disk: Accelerate and DeepSpeed live here and nowhere else."""
+
+from __future__ import annotations
+
+import torch
+
+from mvpretrain.engine.step import Engine, Step, agree, encoding
+from mvpretrain.engine.world import World, finish, settle, start
+from mvpretrain.recipe import EngineConfig
+from mvpretrain.task import Task
+
+__all__ = ["Engine", "Step", "World", "agree", "encoding", "finish", "settle", "start", "wrap"]
+
+
+def wrap(world: World, task: Task, optimizer: torch.optim.Optimizer, config: EngineConfig, batch: int) -> Engine:
+    """The task under the engine that the recipe asks for; `batch` is the global one.
+
+    ValueError: a batch that does not divide over the ranks, a parameter that the engine cannot hold.
+    """
+    if batch % world.size or batch < world.size:
+        raise ValueError(f"batch={batch} does not divide over {world.size} ranks; make it a multiple of {world.size}")
+    # Imported here, since each brings a library that takes seconds to load.
+    if world.kind.startswith("zero"):
+        from mvpretrain.engine.zero import Zero
+
+        return Zero(world, task, optimizer, config, batch)
+    from mvpretrain.engine.accelerated import Accelerated
+
+    return Accelerated(world, task, optimizer, config)

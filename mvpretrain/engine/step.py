@@ -1,0 +1,73 @@
+"""What every engine offers, and what all ranks must agree on in a step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mvpretrain.engine.world import World
+from mvpretrain.task import Task
+from mvpretrain.types import Batch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Step(NamedTuple):
+    """What one step did. `loss` and `sums` are over all ranks, `parts` are this rank's."""
+
+    loss: float
+    parts: dict[str, Tensor]
+    norm: float | None  # gradient norm before clipping; None where the engine does not tell
+    stepped: bool  # False: the loss or the gradient was not finite, and nothing was changed
+    sums: list[float]
+
+
+class Engine(Protocol):
+    """A task and its optimiser under one way of running them."""
+
+    world: World
+    task: Task
+    optimizer: torch.optim.Optimizer
+
+    def step(self, batch: Batch, values: Sequence[float] = ()) -> Step:
+        """One optimiser step on this rank's rows; `values` are summed over ranks on the way, at no extra message."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write model, optimiser and scaler state; every rank calls it."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, bit for bit. ValueError: written by another kind of engine or world size."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """The whole model's parameters and buffers on the CPU; every rank calls it, rank 0 gets them."""
+        ...
+
+
+def agree(world: World, loss: Tensor, values: Sequence[float]) -> tuple[float, bool, list[float]]:
+    """(mean loss, whether it is finite on every rank, sums of `values`), by one small message.
+
+    All ranks must take the same branch: one that skips its backward alone leaves the others waiting for ever.
+    """
+    own = loss.detach().double()
+    good = torch.isfinite(own)
+    message = torch.stack([own, (~good).double(), *torch.tensor(values, dtype=torch.float64, device=own.device)])
+    total = world.exchange.sum(message).tolist()
+    return total[0] / world.size, total[1] == 0, total[2:]
+
+
+@contextlib.contextmanager
+def encoding(engine: Engine) -> Iterator[Task]:
+    """The task for evaluation: no gradients, no dropout, the run's precision. Every rank must make the same calls."""
+    world = engine.world
+    engine.task.eval()
+    with torch.no_grad(), torch.autocast(world.device.type, DTYPES[world.precision], enabled=world.precision != "fp32"):
+        yield engine.task
+    engine.task.train()

@@ -1,0 +1,125 @@
+"""DeepSpeed, ZeRO stages 0 to 3, with the recipe's own optimiser."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mvpretrain.engine.step import Step, agree
+from mvpretrain.engine.world import World
+from mvpretrain.recipe import EngineConfig
+from mvpretrain.task import Task
+from mvpretrain.types import Batch, Losses
+
+
+class Zero:
+    """DeepSpeed, ZeRO stages 0 to 3, with the client's optimiser."""
+
+    def __init__(self, world: World, task: Task, optimizer: torch.optim.Optimizer, config: EngineConfig, batch: int):
+        import deepspeed
+
+        self.world, self.task, self.stage = world, task, int(world.kind[-1])
+        deepspeed.utils.logger.setLevel("WARNING")
+        if world.device.type == "cpu":
+            # The shared-memory collectives would be compiled at first use (40 s) and need a C++ compiler.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _fit_for_zero(task)
+        deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
+        self.model, prepared, *_ = deepspeed.initialize(
+            model=task, optimizer=optimizer, config=_zero_config(world, config, self.stage, batch)
+        )
+        if self.model.zero_optimization_stage() != self.stage or dist.get_world_size() != world.size:
+            raise ValueError(
+                f"asked DeepSpeed for ZeRO-{self.stage} on {world.size} ranks, got "
+                f"ZeRO-{self.model.zero_optimization_stage()} on {dist.get_world_size()}"
+            )
+        self.optimizer = cast(torch.optim.Optimizer, prepared)
+
+    def step(self, batch: Batch, values: Sequence[float] = ()) -> Step:
+        self.model.train()
+        losses: Losses = self.model(batch)
+        loss, finite, sums = agree(self.world, losses.total, values)
+        if not finite:
+            return Step(loss, losses.parts, None, False, sums)
+        self.model.backward(losses.total)
+        self.model.step()
+        norm = self.model.get_global_grad_norm()
+        norm = None if norm is None else float(norm)
+        stepped = self.model.was_step_applied()
+        if stepped and norm is not None and not torch.isfinite(torch.tensor(norm)):
+            raise FloatingPointError(
+                f"the gradient norm is {norm} and ZeRO has stepped with it; resume from the last checkpoint with "
+                "a lower optimizer.lr or engine.precision=fp32"
+            )
+        return Step(loss, losses.parts, norm, stepped, sums)
+
+    def save(self, folder: Path) -> None:
+        self.model.save_checkpoint(str(folder), tag="zero", client_state={"stage": self.stage, "size": self.world.size})
+
+    def load(self, folder: Path) -> None:
+        if not (folder / "zero").is_dir():
+            raise ValueError(
+                f"{folder} was not written by engine.kind={self.world.kind}; resume it with the kind it had"
+            )
+        path, _ = self.model.load_checkpoint(str(folder), tag="zero")
+        if path is None:
+            raise ValueError(f"{folder}/zero does not load on {self.world.size} ranks under ZeRO-{self.stage}")
+
+    def weights(self) -> dict[str, Tensor]:
+        import deepspeed
+
+        keep, found = self.world.rank == 0, {}
+        for name, parameter in self.task.named_parameters():
+            # One at a time: the whole model must fit the CPU memory of one rank, not the GPU's.
+            whole = deepspeed.zero.GatheredParameters([parameter]) if self.stage == 3 else contextlib.nullcontext()
+            with whole:
+                if keep:
+                    found[name] = parameter.detach().cpu().clone()
+        if keep:
+            found.update((k, v.detach().cpu().clone()) for k, v in self.task.named_buffers() if k in self.buffers())
+        return found
+
+    def buffers(self) -> set[str]:
+        """Names of the buffers that belong to the state."""
+        return set(self.task.state_dict(keep_vars=True)) - {k for k, _ in self.task.named_parameters()}
+
+
+def _fit_for_zero(task: Task) -> None:
+    """DeepSpeed 0.19.8 reinterprets parameters as bytes, which scalars and channels-last weights do not allow."""
+    for name, parameter in task.named_parameters():
+        if parameter.dim() == 0:
+            raise ValueError(f"parameter {name!r} has no dimension, DeepSpeed cannot hold it; give it shape [1]")
+        parameter.data = parameter.data.contiguous()
+
+
+def _zero_config(world: World, config: EngineConfig, stage: int, batch: int) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": stage}
+    if config.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": batch // world.size,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": config.clip or 0.0,  # left out, DeepSpeed clips at 1
+    }
+    if world.precision != "fp32":
+        # Parameters stay float32 and modules run under autocast: buffers and norms are then of one type on any device.
+        settings["torch_autocast"] = {
+            "enabled": True,
+            "dtype": {"bf16": "bfloat16", "fp16": "float16"}[world.precision],
+        }
+    return _merged(settings, config.options)
+
+
+def _merged(ours: dict[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    both = dict(ours)
+    for key, value in theirs.items():
+        both[key] = _merged(both.get(key, {}), value) if isinstance(value, Mapping) else value
+    return both

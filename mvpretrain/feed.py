@@ -1,0 +1,45 @@
+"""From a recipe to its batches: sources, transforms and the stream over them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from mvpretrain.recipe import Recipe
+from mvpretrain.shards.stream import Source, Stream
+from mvpretrain.shards.synthetic import SyntheticConfig
+from mvpretrain.types import Transform
+
+Split = Literal["train", "eval"]
+
+
+def sources(recipe: Recipe, split: Split) -> list[Source]:
+    """The opened sources of a split; [] where the recipe names no `data.eval`.
+
+    ValueError: shards that are not there, a field that no sample has, repeated keys.
+    """
+    if isinstance(recipe.data, SyntheticConfig):
+        sketches = {view.field.split(";")[0]: view.sketch for view in recipe.views.values()}
+        return list(recipe.data.build(sketches, train=split == "train"))
+    wanted = {name: (view.field, view.missing) for name, view in recipe.views.items()}
+    return list(recipe.data.build(wanted, train=split == "train"))
+
+
+def samples(stream: Stream) -> int:
+    """The samples of an epoch."""
+    return int(sum(source.counts.sum() for source in stream.sources))
+
+
+def transforms(recipe: Recipe, augmented: bool) -> dict[str, tuple[tuple[str, ...], Transform]]:
+    """Each view's field alternatives and its transform."""
+    return {name: (tuple(view.field.split(";")), view.build(augmented)) for name, view in recipe.views.items()}
+
+
+def stream(recipe: Recipe, split: Split, rank: int, size: int, augmented: bool | None = None) -> Stream | None:
+    """The batches of a split for one rank; None where it has none. Training batches are augmented, unless told."""
+    found = sources(recipe, split)
+    if not found:
+        return None
+    views: Mapping[str, tuple[tuple[str, ...], Transform]]
+    views = transforms(recipe, split == "train" if augmented is None else augmented)
+    return Stream(found, views, recipe.batch, recipe.seed, recipe.loader, rank, size)

@@ -1,0 +1,226 @@
+"""The loop."""
+
+from __future__ import annotations
+
+import math
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from mvpretrain import checkpoint, feed, optim
+from mvpretrain.checkpoint import Place
+from mvpretrain.engine import Engine, Step, World, encoding, start, wrap
+from mvpretrain.evaluation.suite import evaluate
+from mvpretrain.exchange import Exchange
+from mvpretrain.logbook import Logbook
+from mvpretrain.recipe import Recipe
+from mvpretrain.shards.stream import BadSamples, Stream
+
+PREEMPTED = 75  # exit code of a run that was told to stop and saved: start it again with --resume
+
+
+class Preempted(Exception):
+    """SIGTERM or SIGINT arrived; the checkpoint is written."""
+
+
+def train(recipe: Recipe, resume: bool = False) -> Path:
+    """Run a recipe to its end, on as many ranks as the launcher started; returns the run's folder.
+
+    With `resume`, goes on from the last checkpoint with exactly the batches, generators and states that an
+    uninterrupted run would have. ValueError: the recipe, the data, the launcher or the checkpoint do not fit;
+    Preempted: told to stop, after saving.
+    """
+    run = Path(recipe.run)
+    found = place_to_start(recipe, resume)
+    world = start(recipe.engine)
+    stream = feed.stream(recipe, "train", world.rank, world.size)
+    assert stream is not None
+    steps = recipe.total_steps(feed.samples(stream))
+    engine = build(recipe, world)
+    if found:
+        place = checkpoint.load(found, engine)
+    else:
+        place = Place(0, stream.start(), {}, {})
+        _seed(recipe.seed + 1 + world.rank)
+    if world.rank == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "recipe.yaml").write_text(recipe.dump())
+    log = Logbook(run, recipe, steps, place.step, active=world.rank == 0)
+    try:
+        _Loop(recipe, engine, stream, steps, run, log).go(place)
+    finally:
+        log.close()
+    return run
+
+
+def place_to_start(recipe: Recipe, resume: bool) -> Path | None:
+    """The checkpoint to go on from, None for a fresh run. ValueError: a run is there already, or none to resume."""
+    run = Path(recipe.run)
+    known = checkpoint.saved(run)
+    if known and not resume:
+        raise ValueError(
+            f"{run} already holds {known[-1].name}; add --resume to go on with it, or run=OTHER to begin another"
+        )
+    return known[-1] if known else None
+
+
+def build(recipe: Recipe, world: World) -> Engine:
+    """The recipe's task, with the weights that it starts from, under its engine."""
+    _seed(recipe.seed)  # the same on every rank: the towers must start equal
+    task = recipe.task(world.exchange)
+    if recipe.init:
+        task.load_state_dict(load_file(recipe.init), strict=False)
+    task.to(world.device)
+    return wrap(world, task, optim.build(task, recipe.towers, recipe.optimizer), recipe.engine, recipe.batch)
+
+
+class _Loop:
+    """One run's steps: data, step, log, evaluation, checkpoint, in this order, the same on every rank."""
+
+    def __init__(self, recipe: Recipe, engine: Engine, stream: Stream, steps: int, run: Path, log: Logbook):
+        self.recipe, self.engine, self.stream = recipe, engine, stream
+        self.steps, self.run, self.log = steps, run, log
+        self.validation = feed.stream(recipe, "eval", engine.world.rank, engine.world.size)
+
+    def go(self, place: Place) -> None:
+        recipe, world = self.recipe, self.engine.world
+        bad = BadSamples(recipe.loader.max_bad_share, recipe.loader.max_bad_in_row)
+        clock, lost = Clock(recipe.batch), 0
+        with stop_signals() as told:
+            batches = self.stream.batches(place.cursor)
+            while place.step < self.steps:
+                batch, cursor, skipped = next(batches)
+                clock.data_came()
+                optim.set_rate(self.engine.optimizer, recipe.schedule.factor(place.step, self.steps))
+                done = self.engine.step(batch.to(world.device), [len(told), skipped.total()])
+                clock.stepped()
+                stop, missed = done.sums
+                reasons = skipped + Counter({"on other ranks": round(missed) - skipped.total()})
+                bad.add(reasons, recipe.batch)
+                place = Place(place.step + 1, cursor, dict(Counter(place.skipped) + reasons), place.metrics)
+                lost = 0 if done.stepped else lost + 1
+                self.check_finite(place.step, lost, done)
+                self.log.step(place.step)
+                if place.step % recipe.log.every == 0 or place.step == self.steps:
+                    self.log.write(place.step, self.figures(place, done, clock))
+                place = self.after(place, bool(stop))
+                if stop:
+                    raise Preempted(f"told to stop after step {place.step} of {self.steps}; saved, go on with --resume")
+
+    def after(self, place: Place, stop: bool) -> Place:
+        """Evaluation and checkpoint where they are due."""
+        last = place.step == self.steps
+        every = self.recipe.evaluation.every
+        improved = False
+        if self.validation and (last or (every and place.step % every == 0)):
+            metrics = self.evaluate()
+            self.log.write(place.step, metrics)
+            place = place._replace(metrics=metrics)
+            improved = self.note_best(place)
+        if last or stop or improved or place.step % self.recipe.checkpoint.every == 0:
+            checkpoint.save(self.run, self.engine, self.recipe, place)
+        return place
+
+    def evaluate(self) -> dict[str, float]:
+        assert self.validation
+        world, config = self.engine.world, self.recipe.evaluation
+        with encoding(self.engine) as task:
+            return evaluate(task, self.validation.whole(config.limit), world.exchange, world.device, config)
+
+    def note_best(self, place: Place) -> bool:
+        """Whether this is the best evaluation so far; every rank comes to the same answer from the same metrics."""
+        metric = self.recipe.checkpoint.best
+        if metric not in place.metrics:
+            # Not worth the run's end: a small evaluation set may hold no pair of views at all.
+            self.log.say(f"checkpoint.best={metric!r} is not among the metrics: {', '.join(sorted(place.metrics))}")
+            return False
+        return checkpoint.note_best(self.run, place.step, metric, place.metrics[metric], self.engine.world.exchange)
+
+    def check_finite(self, step: int, lost: int, done: Step) -> None:
+        if lost:
+            self.log.say(
+                f"step {step}: loss {done.loss}, gradient norm {done.norm}; nothing was changed ({lost} in a row)"
+            )
+        if lost > self.recipe.max_nonfinite:
+            raise FloatingPointError(
+                f"step {step}: {lost} steps in a row without a finite loss and gradient (max_nonfinite="
+                f"{self.recipe.max_nonfinite}); lower optimizer.lr={self.recipe.optimizer.lr}"
+            )
+
+    def figures(self, place: Place, done: Step, clock: Clock) -> dict[str, float]:
+        """Everything to log about this step, means over ranks; every rank calls it."""
+        rates = {f"lr/{i}": float(g["lr"]) for i, g in enumerate(self.engine.optimizer.param_groups)}
+        return {
+            "loss": done.loss,
+            **mean(done.parts, self.engine.world.exchange),
+            "log_batch": math.log(self.recipe.batch),  # the loss of knowing nothing
+            "lr": max(rates.values()),
+            **({} if done.norm is None else {"grad_norm": done.norm}),
+            **clock.figures(),
+            "samples": place.step * self.recipe.batch,
+            "skipped": sum(place.skipped.values()),
+        }
+
+
+class Clock:
+    """Samples per second and the share of time spent waiting for data, since last asked."""
+
+    def __init__(self, batch: int):
+        self.batch = batch
+        self.begin = self.mark = time.perf_counter()
+        self.waiting, self.steps = 0.0, 0
+
+    def data_came(self) -> None:
+        self.waiting += time.perf_counter() - self.mark
+
+    def stepped(self) -> None:
+        self.mark = time.perf_counter()
+        self.steps += 1
+
+    def figures(self) -> dict[str, float]:
+        now = time.perf_counter()
+        took = now - self.begin
+        found = {"samples/s": self.steps * self.batch / took, "data_wait": self.waiting / took}
+        self.begin = self.mark = now
+        self.waiting, self.steps = 0.0, 0
+        return found
+
+
+def mean(parts: Mapping[str, torch.Tensor], exchange: Exchange) -> dict[str, float]:
+    """Scalars averaged over ranks, by one message."""
+    if not parts:
+        return {}
+    values = exchange.sum(torch.stack([p.detach().double().reshape(()) for p in parts.values()])) / exchange.size
+    return dict(zip(parts, values.tolist()))
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """The SIGTERM and SIGINT that came, instead of dying of the first; a second SIGINT interrupts as usual."""
+    told: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if told and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        told.append(number)
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)

@@ -1,0 +1,291 @@
+"""Samples of tar shards at random places: the source behind `kind: shards`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from mvpretrain.config import Config
+from mvpretrain.shards.headers import Cut, key_and_field, member, text
+from mvpretrain.shards.index import FIELDS, HEAD, ID, SHARD, Index
+from mvpretrain.shards.urls import local_copy
+from mvpretrain.types import Sample
+
+OPEN_FILES = 64  # in one process
+
+
+class BadSample(Exception):
+    """A sample that cannot be used; the message is the reason under which it is counted."""
+
+
+class Weighted(Config):
+    """Shards that make up the share weight / sum of weights of what is drawn."""
+
+    urls: str | tuple[str, ...]
+    weight: float = Field(gt=0)
+    name: str | None = None
+
+
+class ShardsConfig(Config):
+    """WebDataset tars, local or remote.
+
+    `train` and `eval` are urls (see `urls.expand`), lists of them, or a written index (.json); `train` may also be a
+    list of weighted sources. `label` is the field that holds an integer class: `cls`, or `json:key`. `ids` says what
+    makes two samples the same thing: `unique` (keys, which must all differ), `key` (equal keys are positives of each
+    other) or `shard` (keys only count within their shard). Remote shards are copied whole to the folder `cache`.
+    """
+
+    kind: Literal["shards"] = "shards"
+    train: str | tuple[str | Weighted, ...]
+    eval: str | tuple[str, ...] | None = None
+    label: str | None = None
+    ids: Literal["unique", "key", "shard"] = "unique"
+    cache: Path | None = None
+
+    @model_validator(mode="after")
+    def _all_weighted_or_none(self) -> ShardsConfig:
+        plain = [s for s in self.train if not isinstance(s, Weighted)]
+        if plain and len(plain) < len(self.train):
+            raise ValueError(f"train mixes weighted sources with urls: give {plain[0]!r} a weight too, or none to any")
+        if not self.train or (self.eval is not None and not self.eval):
+            raise ValueError("train and eval need at least one url")
+        return self
+
+    def build(self, views: Mapping[str, tuple[str, str]], train: bool = True) -> list[Tars]:
+        """The sources, one for each weight, ready for the views (see `Tars.required`); [] where there is no `eval`.
+
+        ValueError: shards that are missing or no tars, that lack a field, or that repeat a key.
+        """
+        listed = self.train if train else self.eval
+        found: list[Tars] = []
+        for part in [] if listed is None else weighted(listed):
+            index = Index.find(part.urls, self.cache)
+            name = part.name or (part.urls if isinstance(part.urls, str) else part.urls[0])
+            found.append(Tars(index, name, part.weight, self.ids, self.label, self.cache))
+        there = {field for tars in found for field in tars.totals}
+        for tars in found:
+            tars.required(views, there)
+        if found:
+            refuse_repeats(found, self.ids)
+        return found
+
+
+def weighted(listed: str | Sequence[str | Weighted]) -> list[Weighted]:
+    """The sources of a list; urls without weights are one source, each sample of which comes once an epoch."""
+    found = [s for s in listed if isinstance(s, Weighted)]
+    return found or [Weighted(urls=listed if isinstance(listed, str) else tuple(map(str, listed)), weight=1)]
+
+
+class Tars:
+    """Samples of indexed shards, in any order, in any process: files are opened where they are first read.
+
+    `counts` is the number of samples of each shard and `ids` the id of each sample, without what `required` dropped.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        name: str = "shards",
+        weight: float = 1.0,
+        ids: Literal["unique", "key", "shard"] = "unique",
+        label: str | None = None,
+        cache: Path | None = None,
+    ):
+        self.index, self.name, self.weight, self.mode, self.cache = index, name, weight, ids, cache
+        self.label, _, self.label_key = (label or "").partition(":")
+        self.totals = {f: n for f in index.fields if (n := sum(s.fields.get(f, 0) for s in index.shards))}
+        self.columns = {f: index.offset(f) for f in index.fields}  # of the fields that are read
+        self.counts = np.array([s.nsamples for s in index.shards])
+        self.kept: np.ndarray | None = None  # rows of the index; None for all
+        self.held: np.ndarray | None = None  # the ids, once they are asked for
+        self.files = Files()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"files": None, "held": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"files": Files()})
+
+    @property
+    def ids(self) -> np.ndarray:
+        """int64, one a sample: a hash of the key, under `shard` also of the shard's folder and file name."""
+        if self.held is None:
+            table = self.index.table if self.kept is None else self.index.table[self.kept]
+            self.held = table[:, ID]
+            if self.mode == "shard":
+                names = ["/".join(s.url.split("/")[-2:]).encode() for s in self.index.shards]
+                hashes = np.frombuffer(b"".join(blake2b(name, digest_size=8).digest() for name in names), "<i8")
+                self.held = self.held ^ hashes[table[:, SHARD]]
+        return self.held
+
+    def read(self, i: int) -> Sample:
+        """Sample i, bytes by field. BadSample: its shard is not what was indexed, or its label is no integer."""
+        row = self.row(i)
+        fields = {f: self.contents(row[SHARD], row[at], row[at + 1]) for f, at in self.columns.items() if row[at] >= 0}
+        return Sample(int(self.ids[i]), self.key(i), fields, self.class_of(fields))
+
+    def row(self, i: int) -> list[int]:
+        return self.index.table[i if self.kept is None else self.kept[i]].tolist()
+
+    def url(self, i: int) -> str:
+        """The shard that holds sample i."""
+        return self.index.shards[self.row(i)[SHARD]].url
+
+    def key(self, i: int) -> str:
+        """The key of sample i, read from the header of its first member."""
+        row = self.row(i)
+        body = min(offset for offset in row[FIELDS::2] if offset >= 0)
+        try:
+            first = member(self.contents(row[SHARD], row[HEAD], body - row[HEAD]), 0, {})
+        except Cut as cut:
+            raise BadSample(f"no header where the index has one in {self.url(i)}") from cut
+        return text(key_and_field(first.name)[0]) if first else ""
+
+    def contents(self, number: int, offset: int, size: int) -> bytes:
+        shard = self.index.shards[number]
+        try:
+            file = self.files.get(number) or self.files.open(number, local_copy(shard.url, self.cache, shard.filesize))
+            found = os.pread(file, size, offset)
+        except OSError as error:
+            raise BadSample(f"{type(error).__name__} in {shard.url}") from error
+        if len(found) < size:
+            raise BadSample(f"truncated {shard.url}")
+        return found
+
+    def class_of(self, fields: Mapping[str, bytes]) -> int:
+        """The label, -1 where the sample has none."""
+        if self.label not in fields:
+            return -1
+        try:
+            value = json.loads(fields[self.label]).get(self.label_key) if self.label_key else fields[self.label]
+            return -1 if value is None else int(value)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise BadSample(f"label {self.label}: {type(error).__name__}, an integer is needed") from error
+
+    def required(self, views: Mapping[str, tuple[str, str]], elsewhere: Collection[str] = ()) -> None:
+        """Read what the views need and no more: view -> (field with alternatives, `missing`; see ViewConfig).
+
+        Samples without a view whose policy is `drop` are left out from now on. Views of `any` may also be found in
+        other sources, which have the fields `elsewhere`. ValueError: a field that no sample has, a shard without it
+        under `some`, a sample without it under `none`. Asks the index alone, so that it costs seconds.
+        """
+        for view, (field, missing) in views.items():
+            named = alternatives(field)
+            if not {*self.totals, *(elsewhere if missing == "any" else ())}.intersection(named):
+                raise ValueError(f"view {view!r} reads the field {field!r}, {self.nowhere()}")
+            if missing == "some":
+                self.refuse_shards_without(view, named)
+            if missing == "none":
+                self.refuse_samples_without(view, named)
+        if self.label and self.label not in {*self.totals, *elsewhere}:
+            raise ValueError(f"the label is read from {self.label!r}, {self.nowhere()}")
+        wanted = {self.label, *(f for field, _ in views.values() for f in alternatives(field))}
+        self.columns = {f: self.index.offset(f) for f in self.index.fields if f in wanted}
+        if needed := [alternatives(field) for field, missing in views.values() if missing == "drop"]:
+            self.drop(needed)
+
+    def nowhere(self) -> str:
+        return f"which no sample of {self.name!r} has; the fields there are {', '.join(self.totals)}"
+
+    def refuse_shards_without(self, view: str, fields: list[str]) -> None:
+        for shard in self.index.shards:
+            if shard.nsamples and not any(shard.fields.get(f) for f in fields):
+                raise ValueError(
+                    f"no sample of the shard {shard.url!r} has {';'.join(fields)!r}, which view {view!r} reads; set "
+                    f"views.{view}.missing to any if that is meant, or pack the shard again"
+                )
+
+    def refuse_samples_without(self, view: str, fields: list[str]) -> None:
+        starts = self.index.starts
+        found = np.concatenate([starts[k] + self.lacking(k, fields) for k in range(len(self.index.shards))])
+        if len(found):
+            first = int(found[0])
+            raise ValueError(
+                f"{len(found):,} samples lack {';'.join(fields)!r}, which view {view!r} reads, the first is "
+                f"{self.key(first)!r} in {self.url(first)!r}; set views.{view}.missing to some, any or drop"
+            )
+
+    def lacking(self, number: int, fields: list[str]) -> np.ndarray:
+        """The samples of a shard, counted within it, that have none of the fields."""
+        shard = self.index.shards[number]
+        counts = [shard.fields.get(f, 0) for f in fields]
+        if shard.nsamples in counts:
+            return np.arange(0)
+        if not any(counts):
+            return np.arange(shard.nsamples)
+        rows = self.index.table[self.index.starts[number] : self.index.starts[number + 1]]
+        columns = [self.index.offset(f) for f in fields if f in self.index.fields]
+        return np.flatnonzero((rows[:, columns] < 0).all(axis=1))
+
+    def drop(self, needed: list[list[str]]) -> None:
+        """Leave out the samples that have none of the fields, for any of the lists."""
+        keep = np.ones(len(self.index), bool)
+        for fields in needed:
+            for k in range(len(self.index.shards)):
+                keep[self.index.starts[k] + self.lacking(k, fields)] = False
+        if not keep.any():
+            raise ValueError(f"no sample of {self.name!r} has all views of missing=drop; set it for fewer views")
+        self.kept = None if keep.all() else np.flatnonzero(keep)
+        self.counts = np.diff(np.concatenate([[0], np.cumsum(keep)])[self.index.starts])
+        self.held = None
+
+
+class Files:
+    """The files that this process has open, least recently used first."""
+
+    def __init__(self) -> None:
+        self.descriptors: OrderedDict[int, int] = OrderedDict()
+
+    def get(self, number: int) -> int | None:
+        if number in self.descriptors:
+            self.descriptors.move_to_end(number)
+        return self.descriptors.get(number)
+
+    def open(self, number: int, path: Path) -> int:
+        if len(self.descriptors) >= OPEN_FILES:
+            os.close(self.descriptors.popitem(last=False)[1])
+        self.descriptors[number] = os.open(path, os.O_RDONLY)
+        return self.descriptors[number]
+
+    def __del__(self) -> None:
+        for descriptor in self.descriptors.values():
+            os.close(descriptor)
+
+
+def alternatives(field: str) -> list[str]:
+    """The fields of "jpg;png", in the order in which they are looked for. ValueError: not as shards spell them."""
+    found = field.split(";")
+    plain = [f.strip().lstrip(".").lower() for f in found]
+    if found != plain or not all(found):
+        raise ValueError(f"the field {field!r} is not spelled as in shards: write {';'.join(filter(None, plain))!r}")
+    return found
+
+
+def refuse_repeats(sources: Sequence[Tars], mode: str) -> None:
+    """ValueError where two samples have one id, unless that is what ids=key means."""
+    if mode == "key" or (mode == "unique" and len(sources) == 1 and sources[0].index.unique):
+        return
+    ids = np.concatenate([s.ids for s in sources])
+    order = np.argsort(ids, kind="stable")
+    again = np.flatnonzero(ids[order[1:]] == ids[order[:-1]])
+    if not len(again):
+        return
+    starts = np.cumsum([0, *(len(s.ids) for s in sources)])
+    one, two = order[again[0] : again[0] + 2]
+    first, second = (int(np.searchsorted(starts, place, "right")) - 1 for place in (one, two))
+    urls = sources[first].url(int(one - starts[first])), sources[second].url(int(two - starts[second]))
+    where = f"twice in {urls[0]!r}" if urls[0] == urls[1] else f"in {urls[0]!r} and in {urls[1]!r}"
+    other = " or to 'shard' if they count only within their shard" if mode == "unique" else ""
+    raise ValueError(
+        f"{len(again):,} keys are not unique, such as {sources[first].key(int(one - starts[first]))!r} {where}; set "
+        f"data.ids to 'key' if equal keys are the same thing{other}; or pack again: the files of a sample must be "
+        "neighbours in the tar"
+    )

@@ -1,0 +1,107 @@
+"""Collecting a table over batches and ranks, and what is measured on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from mvpretrain import objectives
+from mvpretrain.evaluation.collect import collect
+from mvpretrain.evaluation.suite import evaluate
+from mvpretrain.exchange import Alone
+from mvpretrain.recipe import EvaluationConfig
+from mvpretrain.task import Task, TowerConfig
+from mvpretrain.types import Batch, View
+
+CPU = torch.device("cpu")
+ROWS, BATCH = 22, 8  # the last of three batches has 6 rows: on two ranks of 4, one of them is padded
+VIEWS = ("a", "b", "c")
+
+
+def task_of(exchange) -> Task:
+    torch.manual_seed(0)
+    encoder = {"kind": "mlp", "input": 6, "width": 8, "depth": 1}
+    tower = TowerConfig.model_validate({"encoder": encoder, "head": {"layers": 2}})
+    objective = objectives.build({"kind": "infonce"}, VIEWS)
+    return Task({"a": "one", "b": "one", "c": "two"}, {"one": tower, "two": tower}, 5, objective, exchange).eval()
+
+
+def samples() -> Batch:
+    make = torch.Generator().manual_seed(1)
+    views = {v: View(torch.randn(ROWS, 6, generator=make)) for v in VIEWS}
+    present = {v: torch.rand(ROWS, generator=make) > 0.2 for v in VIEWS}
+    for v in VIEWS:
+        present[v][4] = False  # a real sample with nothing in it stays in the table
+    return Batch(views, 100 - torch.arange(ROWS), present, torch.arange(ROWS) % 3)
+
+
+def batches(rank: int, size: int) -> Iterator[Batch]:
+    """As a stream gives them: equally many on every rank, the last one filled up with absent rows of id -1."""
+    whole, own = samples(), BATCH // size
+    for start in range(0, ROWS, BATCH):
+        rows = torch.arange(start + rank * own, start + (rank + 1) * own)
+        real = rows < ROWS
+        rows = rows.clamp_max(ROWS - 1)
+        yield Batch(
+            {v: View(x.data[rows]) for v, x in whole.views.items()},
+            whole.ids[rows].masked_fill(~real, -1),
+            {v: p[rows] & real for v, p in whole.present.items()},
+            whole.labels[rows].masked_fill(~real, -1),
+        )
+
+
+def on_rank(rank: int, size: int):
+    """(table as plain tensors, metrics) of one rank."""
+    from mvpretrain.exchange import Ranks
+
+    exchange = Ranks() if size > 1 else Alone()
+    task = task_of(exchange)
+    with torch.no_grad():
+        table = collect(task, batches(rank, size), exchange, CPU, features=True)
+        config = EvaluationConfig.model_validate({"by_label": ("c",)})
+        return tuple(table), evaluate(task, batches(rank, size), exchange, CPU, config)
+
+
+def test_table_has_every_sample_once_in_order():
+    whole = samples()
+    task = task_of(Alone())
+    with torch.no_grad():
+        table = collect(task, batches(0, 1), Alone(), CPU, features=True)
+        wanted, features = task.encode(whole), task.features(whole)
+    assert torch.equal(table.ids, whole.ids) and torch.equal(table.labels, whole.labels)
+    for v in VIEWS:
+        assert torch.equal(table.present[v], whole.present[v])
+        torch.testing.assert_close(table.z[v], wanted.z[v])
+        torch.testing.assert_close(table.features[v], features[v])
+    with torch.no_grad():
+        plain = collect(task, batches(0, 1), Alone(), CPU)
+    assert not plain.features
+    torch.testing.assert_close(plain.z, table.z)
+
+
+def test_no_sample_is_refused():
+    with pytest.raises(ValueError, match=r"no sample to evaluate; check data\.eval"):
+        collect(task_of(Alone()), [], Alone(), CPU)
+
+
+def test_loss_is_the_objective_weighted_by_samples():
+    metrics = on_rank(0, 1)[1]
+    task = task_of(Alone())
+    with torch.no_grad():
+        losses = [float(task(batch).total) for batch in batches(0, 1)]
+    rows = [int(torch.stack(list(b.present.values())).any(dim=0).sum()) for b in batches(0, 1)]
+    assert len(set(rows)) > 1
+    assert metrics["val/loss"] == pytest.approx(sum(n * x for n, x in zip(rows, losses)) / sum(rows), rel=1e-6)
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert metrics["retrieval/a-c/chance"] > 2 * metrics["retrieval/a-b/chance"]
+
+
+def test_two_ranks_see_what_one_sees(ranks):
+    alone, metrics = on_rank(0, 1)
+    for table, found in ranks(2).run(on_rank, 2):
+        for ours, wanted in zip(table, alone):
+            torch.testing.assert_close(ours, wanted, atol=1e-6, rtol=1e-5)
+        assert found == pytest.approx(metrics, rel=1e-5, abs=1e-7)

@@ -1,0 +1,64 @@
+"""Linear towers under an objective: the whole batch in one process, and the same on real ranks."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from mvpretrain import objectives
+from mvpretrain.exchange import Alone, Exchange, Ranks, share
+from mvpretrain.types import Embeddings, Objective
+from tests.tables import ROWS, draw, ids_and_presence, names, part_of
+
+WIDTH, DIM = 5, 8
+
+
+class Outcome(NamedTuple):
+    values: list[float]  # the loss of each step, its mean over ranks
+    parts: list[dict[str, float]]
+    gradients: dict[str, Tensor]  # of every tower and of the objective's parameters, summed over steps
+
+
+def build(config: dict[str, Any], k: int, dtype: torch.dtype, exchange: Exchange | None = None) -> Objective:
+    torch.manual_seed(0)
+    objective = objectives.build(config, names(k), exchange)
+    return objective.to(dtype) if isinstance(objective, nn.Module) else objective
+
+
+def outcome(
+    config: dict[str, Any], k: int, dtype: torch.dtype, steps: int = 1, rank: int = 0, size: int = 1
+) -> Outcome:
+    """Some steps without an optimiser, on new batches whose ids come back, so that an objective's state counts."""
+    exchange = Ranks() if size > 1 else Alone()
+    objective = build(config, k, dtype, exchange)
+    weights = {f"tower/{v}": draw(50 + i, WIDTH, DIM, dtype=dtype).requires_grad_() for i, v in enumerate(names(k))}
+    parameters = dict(objective.named_parameters()) if isinstance(objective, nn.Module) else {}
+    values, parts = [], []
+    for step in range(steps):
+        inputs = {v: draw(1000 * step + i, ROWS, WIDTH, dtype=dtype) for i, v in enumerate(names(k))}
+        ids, present = ids_and_presence(k, seed=step)
+        mine = part_of(Embeddings(inputs, ids, present, torch.full((ROWS,), -1)), rank, size)
+        z = {v: normalize(x @ weights[f"tower/{v}"], dim=1) for v, x in mine.z.items()}
+        losses = objective(*share(mine._replace(z=z), exchange))
+        losses.total.backward()
+        values.append(float(mean(losses.total.detach(), exchange)))
+        parts.append({name: float(mean(x, exchange)) for name, x in losses.parts.items()})
+    gradients = {n: torch.zeros_like(x) if x.grad is None else x.grad for n, x in (weights | parameters).items()}
+    return Outcome(values, parts, {n: mean(g, exchange) for n, g in gradients.items()})
+
+
+def mean(x: Tensor, exchange: Exchange) -> Tensor:
+    """What an engine does: the average over ranks."""
+    return exchange.sum(x) / exchange.size
+
+
+def outcome_on(rank: int, config: dict[str, Any], k: int, dtype: torch.dtype, steps: int, size: int) -> Outcome:
+    return outcome(config, k, dtype, steps, rank, size)
+
+
+def relative_errors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
+    assert found.keys() == wanted.keys()
+    return {n: float((found[n] - wanted[n]).norm() / wanted[n].norm().clamp_min(1e-6)) for n in wanted}

@@ -1,0 +1,77 @@
+"""The pool of ranks itself: results in rank order, errors with their rank, and a fresh start after a hang."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+
+import pytest
+
+
+def place(rank: int) -> tuple[int, int, str, int]:
+    import torch
+    import torch.distributed as dist
+
+    box = torch.tensor(rank)
+    dist.all_reduce(box)
+    return rank, dist.get_world_size(), os.environ["RANK"], int(box)
+
+
+def process_id(rank: int) -> int:
+    return os.getpid()
+
+
+def fail_on(rank: int, bad: tuple[int, ...]) -> None:
+    import torch.distributed as dist
+
+    if rank in bad:
+        raise ValueError(f"rank {rank} has nothing to say")
+    dist.barrier()
+
+
+def hang(rank: int) -> None:
+    if rank == 1:
+        time.sleep(60)
+
+
+def die(rank: int) -> None:
+    os._exit(3)
+
+
+def warn(rank: int) -> None:
+    warnings.warn("old", DeprecationWarning, stacklevel=1)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_results_come_in_rank_order(ranks, size):
+    assert ranks(size).run(place) == [(r, size, str(r), size * (size - 1) // 2) for r in range(size)]
+
+
+def test_processes_stay_between_calls(ranks):
+    first = ranks(2).run(process_id)
+    assert ranks(2).run(process_id) == first
+    with pytest.raises(ValueError, match="nothing to say") as caught:
+        ranks(2).run(fail_on, (0, 1))
+    assert "in rank" in caught.value.__notes__[0] and "fail_on" in caught.value.__notes__[0]
+    assert ranks(2).run(process_id) == first
+
+
+def test_failure_of_one_rank_is_raised_and_the_others_are_replaced(ranks):
+    first = ranks(2).run(process_id)
+    with pytest.raises(ValueError, match="rank 1 has nothing"):
+        ranks(2).run(fail_on, (1,))
+    assert not set(ranks(2).run(process_id)) & set(first)
+
+
+def test_hang_and_death_end_with_a_clear_message(ranks):
+    with pytest.raises(TimeoutError, match=r"hang: no answer from rank \[1\] of 2 in 1 s"):
+        ranks(2).run(hang, timeout=1)
+    with pytest.raises(RuntimeError, match="of 2 died, exit code 3"):
+        ranks(2).run(die)
+    assert len(ranks(2).run(process_id)) == 2
+
+
+def test_warnings_are_errors_in_ranks(ranks):
+    with pytest.raises(DeprecationWarning, match="old"):
+        ranks(2).run(warn)

@@ -1,0 +1,183 @@
+"""The tools that make shards, on the real data where it lies beside the repository, else on a few made-up files."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mvpretrain.shards.check import check
+from mvpretrain.shards.index import Index
+from mvpretrain.shards.tars import Tars
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT.parent / "shared/data"
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`tool("digits")`: the module tools/make_digits.py."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    yield lambda name: importlib.import_module(f"make_{name}")
+    for name in [n for n in sys.modules if n.startswith("make_")]:
+        del sys.modules[name]
+
+
+def data(name: str) -> Path:
+    if not (DATA / name).exists():
+        pytest.skip(f"the data set {name} is not beside the repository")
+    return DATA / name
+
+
+def read(out: Path, split: str) -> dict[str, dict[str, bytes]]:
+    """{key: raw fields} of a split, in shard order."""
+    tars = Tars(Index.find(f"{out}/{split}-*.tar"))
+    return {sample.key: sample.fields for sample in (tars.read(i) for i in range(len(tars.index)))}
+
+
+def sound(out: Path) -> bool:
+    report = check(str(out))
+    assert report.good and not report.missing, report
+    return True
+
+
+def test_digits(tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make = tool("digits")
+    make.main([str(tmp_path / "out")])
+    assert "train: 1,438 samples in 5 shards" in capsys.readouterr().out and sound(tmp_path / "out")
+    train, test = read(tmp_path / "out", "train"), read(tmp_path / "out", "test")
+    assert len(train) + len(test) == 1797 and not train.keys() & test.keys()
+    assert Counter(s["cls"] for s in test.values()).most_common()[-1][1] >= 34  # 174 to 183 scans a class, a fifth
+    assert len({s["cls"] for s in list(train.values())[:30]}) > 5  # not sorted by class
+    fields = (train | test)["digit-00017"]
+    scan = np.asarray(Image.open(io.BytesIO(fields["png"])))
+    expected = make.load_digits().images[17]
+    np.testing.assert_allclose(scan / 255 * 16, expected, atol=0.04)
+    magnitudes = np.load(io.BytesIO(fields["npy"]))
+    assert magnitudes.dtype == np.float32 and magnitudes.shape == (8, 8)
+    assert magnitudes[4, 4] == pytest.approx(np.log1p(expected.sum()), rel=1e-6)
+
+
+def test_captions_of_digits_name_the_digit_in_several_languages(tool: Any) -> None:
+    make, rng = tool("digits"), np.random.default_rng(0)
+    for words, templates in make.LANGUAGES.values():
+        assert len(set(words.split())) == 10 and len(set(templates)) >= 4
+    found = {make.caption(8, rng) for _ in range(400)}
+    assert len(found) == sum(len(templates) for _, templates in make.LANGUAGES.values())
+    assert all(any(word in text for word in ("eight", "Acht", "huit", "ocho", "osiem")) for text in found)
+
+
+def test_avmnist(tool: Any, tmp_path: Path) -> None:
+    mnist, fsdd = data("mnist"), data("fsdd")
+    pytest.importorskip("soundfile", reason="sound is decoded by soundfile")
+    make = tool("avmnist")
+    for name in ("out", "again"):
+        make.main([str(mnist), str(fsdd), str(tmp_path / name), "--train", "60", "--test", "20"])
+    assert sound(tmp_path / "out")
+    for shard in (tmp_path / "out").glob("*.tar"):
+        assert shard.read_bytes() == (tmp_path / "again" / shard.name).read_bytes()
+    labels = {"train": make.idx(mnist, "train-labels-idx1-ubyte"), "test": make.idx(mnist, "t10k-labels-idx1-ubyte")}
+    for split, count in (("train", 60), ("test", 20)):
+        found = read(tmp_path / "out", split)
+        of_take = {p.read_bytes(): p for paths in make.recordings(fsdd, split == "test") for p in paths}
+        assert len(found) == count
+        for key, sample in found.items():
+            recording = of_take[sample["wav"]].stem.split("_")
+            assert int(sample["cls"]) == labels[split][int(key[-5:])] == int(recording[0])
+            assert (int(recording[2]) < 5) == (split == "test")
+
+
+def test_long_tail(tool: Any) -> None:
+    make, rng = tool("avmnist"), np.random.default_rng(0)
+    labels = np.repeat(np.arange(10), 500)
+    counts = np.bincount(labels[make.drawn(labels, 1000, 0.1, rng)])
+    assert counts.sum() == 1000 and counts[9] / counts[0] == pytest.approx(0.1, rel=0.05)
+    even = make.drawn(labels, 1000, 1.0, rng)
+    assert len(set(even.tolist())) == 1000 and (np.bincount(labels[even]) == 100).all()
+    with pytest.raises(ValueError, match=r"images of class 0 are wanted, there are 500; ask for fewer"):
+        make.drawn(labels, 4000, 0.1, rng)
+
+
+def test_mfeat(tool: Any, tmp_path: Path) -> None:
+    folder, make = data("mfeat"), tool("mfeat")
+    make.main([str(folder), str(tmp_path / "out")])
+    assert sound(tmp_path / "out")
+    train, test = read(tmp_path / "out", "train"), read(tmp_path / "out", "test")
+    assert set(Counter(s["cls"] for s in train.values()).values()) == {160}
+    assert set(Counter(s["cls"] for s in test.values()).values()) == {40}
+    table = np.loadtxt(folder / "mfeat-mor.csv", delimiter=",", skiprows=1)
+    features = np.load(io.BytesIO((train | test)["mfeat-01234"]["mor.npy"]))
+    np.testing.assert_array_equal(features, np.float32(table[1234, :-1]))
+    stats = json.loads((tmp_path / "out/stats.json").read_text())
+    rows = np.stack([np.load(io.BytesIO(s["mor.npy"])) for s in train.values()]).astype(float)
+    scaled = (rows - stats["mor"]["mean"]) / stats["mor"]["std"]
+    np.testing.assert_allclose([scaled.mean(axis=0), scaled.std(axis=0)], [[0] * 6, [1] * 6], atol=1e-4)
+
+
+def test_the_statistics_of_mfeat_are_settings_of_views(tool: Any) -> None:
+    from mvpretrain.views import door
+
+    config = door.parse(tool("mfeat").settings("mor", np.array([[1, 5], [3, 5]], np.float32)))
+    assert (config.field, config.mean, config.std) == ("mor.npy", (2, 5), (1, 1))  # type: ignore[attr-defined]
+
+
+def test_captions(tool: Any, tmp_path: Path) -> None:
+    folder = data("coco_mini_open")
+    tool("captions").main([str(folder / "images"), str(folder / "captions.json"), str(tmp_path / "out")])
+    assert sound(tmp_path / "out")
+    train, test = read(tmp_path / "out", "train"), read(tmp_path / "out", "test")
+    assert (len(train), len(test)) == (41, 10) and not train.keys() & test.keys()
+    assert all(len(json.loads(s["json"])["captions"]) == 5 for s in train.values())
+    for key, sample in test.items():
+        assert sample["jpg"] == (folder / "images" / f"{key}.jpg").read_bytes()
+    assert json.loads((train | test)["000000159269"]["json"])["license"] == 5
+
+
+def test_flat_captions(tool: Any, tmp_path: Path) -> None:
+    texts = {f"{i}.png": [f"caption {i}", "another"] for i in range(10)} | {"none.png": []}
+    (tmp_path / "c.json").write_text(json.dumps(texts))
+    for i in range(9):
+        (tmp_path / f"{i}.png").write_bytes(b"%d" % i)
+    arguments = [str(tmp_path), str(tmp_path / "c.json"), str(tmp_path / "out"), "--txt"]
+    with pytest.raises(ValueError, match=r"no image '9.png' in .*give the images' folder"):
+        tool("captions").main(arguments)
+    (tmp_path / "9.png").write_bytes(b"9")
+    tool("captions").main(arguments)
+    found = read(tmp_path / "out", "train") | read(tmp_path / "out", "test")
+    assert {key: (s["png"], s["txt"]) for key, s in found.items()} == {
+        str(i): (b"%d" % i, b"caption %d" % i) for i in range(10)
+    }
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_cifar10(tool: Any, tmp_path: Path, packed: bool) -> None:
+    source = tmp_path / "cifar"
+    for split, count in (("train", 6), ("test", 2)):
+        for label in ("cat", "airplane"):
+            (source / split / label).mkdir(parents=True)
+            for i in range(count):
+                (source / split / label / f"{i:04d}.jpg").write_bytes(f"{split} {label} {i}".encode())
+    if packed:
+        with tarfile.open(tmp_path / "cifar.tar.xz", "w:xz") as tar:
+            tar.add(source, "some/where")
+        source = tmp_path / "cifar.tar.xz"
+    tool("cifar10").main([str(source), str(tmp_path / "out")])
+    assert json.loads((tmp_path / "out/classes.json").read_text()) == ["airplane", "cat"]
+    train, test = read(tmp_path / "out", "train"), read(tmp_path / "out", "test")
+    assert (len(train), len(test)) == (12, 4)
+    assert train["train_cat_0003"] == {"jpg": b"train cat 3", "cls": b"1"}
+    assert [s["cls"] for s in train.values()] != sorted(s["cls"] for s in train.values())
+
+
+def test_cifar10_refuses_another_layout(tool: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"must hold train/<class>/\*.jpg"):
+        tool("cifar10").load(tmp_path)

@@ -1,0 +1,69 @@
+"""UCI Multiple Features (2,000 handwritten digits, six sets of features) as shards with six vector views.
+
+    python tools/make_mfeat.py MFEAT_FOLDER OUT
+
+MFEAT_FOLDER holds mfeat-{fou,fac,kar,pix,zer,mor}.csv: a header row, one row a digit, the label last.
+Fields: `fou.npy` (76 Fourier coefficients), `fac.npy` (216 profile correlations), `kar.npy` (64 Karhunen-Loeve
+coefficients), `pix.npy` (240 pixel averages), `zer.npy` (47 Zernike moments), `mor.npy` (6 morphological features), raw
+float32; `cls`. A fifth is held out as `test`, stratified by class.
+
+OUT/stats.json holds, for each view, the settings that standardise it by mean and deviation of the training part. JSON
+is YAML: copy its entries under `views:` in a recipe, as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from make_digits import split
+
+from mvpretrain.shards.pack import write_splits
+
+VIEWS = ("fou", "fac", "kar", "pix", "zer", "mor")
+
+
+def load(folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Features by view, `n dim` float32, and the labels that all six tables agree on."""
+    tables = {v: np.loadtxt(folder / f"mfeat-{v}.csv", delimiter=",", skiprows=1) for v in VIEWS}
+    labels = tables["fou"][:, -1].astype(int)
+    for view, table in tables.items():
+        if not np.array_equal(table[:, -1], labels):
+            raise ValueError(
+                f"mfeat-{view}.csv has other labels than mfeat-fou.csv; their rows must be the same digits"
+            )
+    return {v: table[:, :-1].astype(np.float32) for v, table in tables.items()}, labels
+
+
+def samples(features: dict[str, np.ndarray], labels: np.ndarray, rows: Iterable[int]) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        arrays = {f"{view}.npy": table[row] for view, table in features.items()}
+        yield {"__key__": f"mfeat-{row:05d}", **arrays, "cls": int(labels[row])}
+
+
+def settings(view: str, train: np.ndarray) -> dict[str, Any]:
+    """Recipe settings of a view that is standardised by its training rows; constant features stay as they are."""
+    mean, std = train.mean(axis=0, dtype=np.float64), train.std(axis=0, dtype=np.float64)
+    six = [[float(f"{x:.6g}") for x in values] for values in (mean, np.where(std > 0, std, 1))]
+    return {"kind": "vector", "field": f"{view}.npy", "dim": train.shape[1], "mean": six[0], "std": six[1]}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="MFEAT_FOLDER")
+    parser.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    features, labels = load(args.folder)
+    train, test = split(labels, np.random.default_rng(args.seed))
+    splits = {"train": samples(features, labels, train), "test": samples(features, labels, test)}
+    stats = {view: settings(view, table[train]) for view, table in features.items()}
+    for name, written in write_splits(args.out, splits, shard_samples=400, notes={"stats.json": stats}).items():
+        print(f"{name}: {written}")
+
+
+if __name__ == "__main__":
+    main()
