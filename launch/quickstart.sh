@@ -2,15 +2,15 @@
 # From nothing to an exported, evaluated encoder: k = 3 views, DeepSpeed ZeRO-2, two processes. About 3 minutes on two cores
 # after the installation. Usage: bash launch/quickstart.sh [FOLDER]      FOLDER: where everything goes, default runs/quickstart
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-out="${1:-runs/quickstart}"
+out="$(realpath -m "${1:-$(dirname "${BASH_SOURCE[0]}")/../runs/quickstart}")"
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" base
 if [ -e "$out" ]; then
     echo "quickstart: $out is there from an earlier time; remove it, or give another folder" >&2
     exit 2
 fi
 
 python tools/make_digits.py "$out/shards"
-deepspeed --num_accelerators 2 --module mvpretrain train recipes/digits.yaml run="$out/run" \
+deepspeed --log_level error --num_accelerators 2 --module mvpretrain train recipes/digits.yaml run="$out/run" \
     data.train="$out/shards/train-*.tar" data.eval="$out/shards/test-*.tar" engine.ranks=2
 mvpretrain export "$out/run" "$out/export"
 mvpretrain evaluate "$out/export"

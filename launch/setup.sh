@@ -1,7 +1,11 @@
 # Sourced by the other scripts: enters the repository and its .venv, which is made and filled where that is needed.
-# Usage: source launch/setup.sh [EXTRA]        EXTRA: a group of pyproject's optional dependencies, e.g. dev
+# Usage: source launch/setup.sh base|dev        dev: with the optional dependencies of that name in pyproject.toml
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-extra="${1:-}"
+case "${1:-}" in
+    base) extra="" ;;
+    dev) extra="[dev]" ;;
+    *) echo "setup: say base or dev, not '${1:-}'" >&2; exit 1 ;;
+esac
 
 if [ ! -x .venv/bin/python ]; then
     python=""
@@ -20,14 +24,14 @@ if [ ! -x .venv/bin/python ]; then
 fi
 source .venv/bin/activate
 
-stamp=".venv/installed-${extra:-base}-$(sha256sum pyproject.toml | cut -c1-16)"
+stamp=".venv/installed-$1-$(sha256sum pyproject.toml | cut -c1-16)"
 if [ ! -f "$stamp" ]; then
     echo "setup: installing packages (some minutes and 6 GB the first time)"
-    pip install -q -e ".${extra:+[$extra]}"
+    pip install -q -e ".$extra"
     # An index may hold a torch for which there is no torchvision yet; they are compiled against each other.
     if ! python -c 'import torch, torchvision; torchvision.ops.nms(torch.rand(1, 4), torch.rand(1), 0.5)'; then
         echo "setup: torch and torchvision do not fit together; install a matching pair into .venv and start again" >&2
         exit 1
     fi
-    rm -f ".venv/installed-${extra:-base}-"* && touch "$stamp"
+    rm -f ".venv/installed-$1-"* && touch "$stamp"
 fi

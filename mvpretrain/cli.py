@@ -26,6 +26,8 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value, any 
 
 def main() -> None:
     """The console script: a user's mistake is one sentence on stderr and exit code 2, never a traceback."""
+    # The deepspeed launcher says the rank twice, by environment and by an option that nobody asked for.
+    sys.argv[1:] = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
     try:
         app(standalone_mode=True)
     except ValueError as error:
