@@ -9,9 +9,15 @@ if [ -e "$out" ]; then
     exit 2
 fi
 
+device=auto
+if [ "$(nvidia-smi --list-gpus 2>/dev/null | wc -l)" -lt 2 ]; then
+    device=cpu
+    export DS_ACCELERATOR=cpu # two processes share no GPU; said aloud, since DeepSpeed warns of what it finds out alone
+fi
+
 python tools/make_digits.py "$out/shards"
 deepspeed --log_level error --num_accelerators 2 --module mvpretrain train recipes/digits.yaml run="$out/run" \
-    data.train="$out/shards/train-*.tar" data.eval="$out/shards/test-*.tar" engine.ranks=2
+    data.train="$out/shards/train-*.tar" data.eval="$out/shards/test-*.tar" engine.ranks=2 engine.device=$device
 mvpretrain export "$out/run" "$out/export"
 mvpretrain evaluate "$out/export"
 echo "everything is in $out"

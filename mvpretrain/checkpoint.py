@@ -41,7 +41,7 @@ def find(run: Path, which: str = "last") -> Path:
     """One checkpoint: `last`, `best`, or a step's number. ValueError: not there, with those that are."""
     known = saved(run)
     if not known:
-        raise ValueError(f"{run} holds no checkpoint")
+        raise ValueError(f"{run} holds no checkpoint; train it first with `mvpretrain train {run}`")
     if which == "last":
         return known[-1]
     name = best(run) if which == "best" else f"step-{int(which):08d}" if which.isdigit() else which
@@ -53,8 +53,8 @@ def find(run: Path, which: str = "last") -> Path:
 
 def best(run: Path) -> str | None:
     """The name of the checkpoint with the best evaluation, None before the first one."""
-    record = folder(run) / "best.json"
-    return json.loads(record.read_text())["checkpoint"] if record.is_file() else None
+    record = _best(run)
+    return record["checkpoint"] if record else None
 
 
 def save(run: Path, engine: Engine, recipe: Recipe, place: Place) -> Path:
@@ -101,16 +101,25 @@ def load(path: Path, engine: Engine) -> Place:
 
 def note_best(run: Path, step: int, metric: str, value: float, exchange: Exchange) -> bool:
     """Remember this step as the best one if it is; every rank calls it and gets the same answer."""
-    record = folder(run) / "best.json"
-    before = json.loads(record.read_text())["value"] if record.is_file() else -float("inf")
-    better = bool(exchange.largest(int(exchange.rank == 0 and value > before)))
+    better = False
+    if exchange.rank == 0:
+        record = _best(run)
+        better = record is None or value > record["value"]
+    better = bool(exchange.largest(int(better)))
     if better and exchange.rank == 0:
-        record.parent.mkdir(parents=True, exist_ok=True)
+        folder(run).mkdir(parents=True, exist_ok=True)
         content = {"checkpoint": f"step-{step:08d}", "metric": metric, "value": value}
-        aside = record.with_suffix(".tmp")
+        aside = folder(run) / "best.tmp"
         aside.write_text(json.dumps(content))
-        os.replace(aside, record)
+        os.replace(aside, folder(run) / "best.json")
     return better
+
+
+def _best(run: Path) -> dict[str, Any] | None:
+    """The record of the best evaluation; None also where a run was killed before it had saved that step."""
+    path = folder(run) / "best.json"
+    record = json.loads(path.read_text()) if path.is_file() else None
+    return record if record and (folder(run) / record["checkpoint"] / "meta.json").is_file() else None
 
 
 def _prune(run: Path, recipe: Recipe) -> None:

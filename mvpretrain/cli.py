@@ -32,11 +32,14 @@ def main() -> None:
         app(standalone_mode=True)
     except ValueError as error:
         leave(error, USER)
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        where = f"{error.strerror}: {error.filename!r}" if error.filename else error
+        leave(f"{where}; correct the path, or its permissions", USER)
     except FloatingPointError as error:
         leave(error, FAILED)
 
 
-def leave(error: Exception, code: int) -> None:
+def leave(error: Exception | str, code: int) -> None:
     """Print the sentence and end the process, which may be one of many ranks."""
     rank = os.environ.get("RANK", "0")
     print(f"mvpretrain{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
@@ -61,9 +64,11 @@ def train(
 
     settings = load(recipe, overrides or ())
     if dry_run:
+        from mvpretrain.loop import place_to_start
         from mvpretrain.preview import preview
 
         say(settings.dump())
+        place_to_start(settings, resume)
         return preview(settings, console)
     from mvpretrain.engine import finish
     from mvpretrain.loop import PREEMPTED, Preempted, train

@@ -103,7 +103,10 @@ def exported_views(folder: str | Path) -> dict[str, Path]:
     folder = Path(folder)
     places = [folder] if (folder / "config.json").is_file() else sorted(p.parent for p in folder.glob("*/config.json"))
     if not places:
-        raise ValueError(f"{str(folder)!r} is no export: it holds no config.json and no folder with one")
+        raise ValueError(
+            f"{str(folder)!r} is no export: it holds no config.json and no folder with one; "
+            "write one with `mvpretrain export RUN OUT`"
+        )
     return {json.loads((place / "config.json").read_text())["view"]: place for place in places}
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+import torch
+
 from mvpretrain.recipe import Recipe
 from mvpretrain.shards.stream import Source, Stream
 from mvpretrain.shards.synthetic import SyntheticConfig
@@ -42,4 +44,5 @@ def stream(recipe: Recipe, split: Split, rank: int, size: int, augmented: bool |
         return None
     views: Mapping[str, tuple[tuple[str, ...], Transform]]
     views = transforms(recipe, split == "train" if augmented is None else augmented)
-    return Stream(found, views, recipe.batch, recipe.seed, recipe.loader, rank, size)
+    pin = recipe.engine.device != "cpu" and torch.cuda.is_available()
+    return Stream(found, views, recipe.batch, recipe.seed, recipe.loader, rank, size, pin)

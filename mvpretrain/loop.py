@@ -54,6 +54,9 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         run.mkdir(parents=True, exist_ok=True)
         (run / "recipe.yaml").write_text(recipe.dump())
     log = Logbook(run, recipe, steps, place.step, active=world.rank == 0)
+    log.say(f"# {world.kind} on {world.size} process(es), {world.device.type}, {world.precision}\n{recipe.dump()}")
+    if resume:
+        log.say(f"going on after step {place.step}" if found else f"{run} holds no checkpoint yet: starting at step 0")
     try:
         _Loop(recipe, engine, stream, steps, run, log).go(place)
     finally:
@@ -62,7 +65,10 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
 
 
 def place_to_start(recipe: Recipe, resume: bool) -> Path | None:
-    """The checkpoint to go on from, None for a fresh run. ValueError: a run is there already, or none to resume."""
+    """The checkpoint to go on from, None for a fresh run, which `resume` may be too: schedulers always ask for it.
+
+    ValueError: a run is there already.
+    """
     run = Path(recipe.run)
     known = checkpoint.saved(run)
     if known and not resume:

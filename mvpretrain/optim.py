@@ -87,10 +87,9 @@ def groups(task: Task, towers: Mapping[str, TowerConfig], config: OptimizerConfi
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay makes sense: not for biases, norms, class tokens and positions."""
-    leaf = name.rsplit(".", 1)[-1]
-    # ZeRO-3 hands out empty flat parameters and keeps the shape aside.
-    dims = len(getattr(parameter, "ds_shape", parameter.shape))
-    return dims >= 2 and not any(word in leaf for word in ("token", "position", "pos_embed", "class_embedding"))
+    *_, module, leaf = name.split(".")
+    position = "position" in leaf or "pos_embed" in leaf or (leaf == "weight" and module.startswith("position"))
+    return parameter.ndim >= 2 and not position and "token" not in leaf and "class_embedding" not in leaf
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

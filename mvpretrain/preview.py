@@ -25,10 +25,12 @@ def preview(recipe: Recipe, console: Console) -> None:
     optim.build(task, recipe.towers, recipe.optimizer)
     console.print(towers(recipe, task))
     steps, samples = recipe.total_steps(feed.samples(stream)), feed.samples(stream)
+    held_out = sum(int(source.counts.sum()) for source in feed.sources(recipe, "eval"))
     rows = recipe.batch // ranks
     memory = recipe.objective.memory(len(recipe.views), rows, recipe.batch, recipe.dim)
     console.print(
-        f"steps: {steps} of {recipe.batch} samples, {steps * recipe.batch / samples:.1f} epochs of {samples}\n"
+        f"steps: {steps} of {recipe.batch} samples, {steps * recipe.batch / samples:.1f} epochs of {samples}, "
+        f"{held_out} held out\n"
         f"engine: {kind} on {ranks} rank(s), {device.type}, {precision}; {rows} samples a rank\n"
         f"objective: {recipe.objective.kind}, {memory / 2**20:.1f} MiB a rank"
     )

@@ -64,13 +64,12 @@ class CheckpointConfig(Config):
 class EvaluationConfig(Config):
     """Retrieval and probes on `data.eval`, every so many steps (0: only at the end).
 
-    `by_label` names views whose pairs are scored by label: any sample of the query's class is a hit. `probe` turns the
-    linear probe and kNN on at the end, where the data has labels. `limit` caps the samples.
+    `by_label` names views whose pairs are scored by label: any sample of the query's class is a hit. `limit` caps the
+    samples. Probes are the business of `mvpretrain evaluate`, after the run.
     """
 
     every: int = Field(default=0, ge=0)
     by_label: tuple[str, ...] = ()
-    probe: bool = True
     limit: int | None = Field(default=None, ge=2)
 
 
@@ -158,7 +157,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if path.is_dir():
         path = path / "recipe.yaml"
     if not path.is_file():
-        raise ValueError(f"no recipe at {str(path)!r}")
+        raise ValueError(f"no recipe at {str(path)!r}; give a YAML file such as those in recipes/, or a run's folder")
     try:
         value = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -192,7 +191,7 @@ def _override(value: dict[str, Any], text: str) -> None:
     try:
         parsed = yaml.safe_load(given)
     except yaml.YAMLError as error:
-        raise ValueError(f"override {text!r}: {given!r} is not a YAML value") from error
+        raise ValueError(f"override {text!r}: {given!r} is not a YAML value; quote text with braces in it") from error
     if isinstance(here, list):
         here[_position(last, here, text)] = parsed
     else:

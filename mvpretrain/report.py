@@ -71,6 +71,9 @@ def write(folder: Path, report: Mapping[str, Any]) -> None:
     console = Console()
     for table in drawing.tables(report):
         console.print(table)
+    speed = report["samples_per_second"]
+    trained = f"trained at {speed:.0f} samples/s; " if speed else ""
+    console.print(f"{trained}the report with its picture: {place}", markup=False, highlight=False, soft_wrap=True)
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ steps: {steps}
 loader: {{workers: 1}}
 log: {{every: 1, tensorboard: false}}
 checkpoint: {{every: 3, keep: 50}}
-evaluation: {{every: 6, probe: false}}
+evaluation: {{every: 6}}
 engine: {{device: cpu, threads: 1}}
 """
 

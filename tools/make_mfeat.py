@@ -4,11 +4,11 @@
 
 MFEAT_FOLDER holds mfeat-{fou,fac,kar,pix,zer,mor}.csv: a header row, one row a digit, the label last.
 Fields: `fou.npy` (76 Fourier coefficients), `fac.npy` (216 profile correlations), `kar.npy` (64 Karhunen-Loeve
-coefficients), `pix.npy` (240 pixel averages), `zer.npy` (47 Zernike moments), `mor.npy` (6 morphological features), raw
-float32; `cls`. A fifth is held out as `test`, stratified by class.
+coefficients), `pix.npy` (240 pixel averages), `zer.npy` (47 Zernike moments), `mor.npy` (6 morphological features);
+`cls`. A fifth is held out as `test`, stratified by class.
 
-OUT/stats.json holds, for each view, the settings that standardise it by mean and deviation of the training part. JSON
-is YAML: copy its entries under `views:` in a recipe, as they are.
+Their scales differ by factors of a thousand: each feature is brought to mean 0 and deviation 1 over the training
+part here; OUT/stats.json holds the constants, for features of other digits.
 """
 
 from __future__ import annotations
@@ -44,11 +44,10 @@ def samples(features: dict[str, np.ndarray], labels: np.ndarray, rows: Iterable[
         yield {"__key__": f"mfeat-{row:05d}", **arrays, "cls": int(labels[row])}
 
 
-def settings(view: str, train: np.ndarray) -> dict[str, Any]:
-    """Recipe settings of a view that is standardised by its training rows; constant features stay as they are."""
-    mean, std = train.mean(axis=0, dtype=np.float64), train.std(axis=0, dtype=np.float64)
-    six = [[float(f"{x:.6g}") for x in values] for values in (mean, np.where(std > 0, std, 1))]
-    return {"kind": "vector", "field": f"{view}.npy", "dim": train.shape[1], "mean": six[0], "std": six[1]}
+def constants(train: np.ndarray) -> dict[str, np.ndarray]:
+    """Mean and deviation of each feature, 1 for the deviation of one that never changes."""
+    std = train.std(axis=0, dtype=np.float64)
+    return {"mean": train.mean(axis=0, dtype=np.float64), "std": np.where(std > 0, std, 1)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -59,9 +58,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     features, labels = load(args.folder)
     train, test = split(labels, np.random.default_rng(args.seed))
-    splits = {"train": samples(features, labels, train), "test": samples(features, labels, test)}
-    stats = {view: settings(view, table[train]) for view, table in features.items()}
-    for name, written in write_splits(args.out, splits, shard_samples=400, notes={"stats.json": stats}).items():
+    stats = {view: constants(table[train]) for view, table in features.items()}
+    scaled = {v: np.float32((table - stats[v]["mean"]) / stats[v]["std"]) for v, table in features.items()}
+    splits = {"train": samples(scaled, labels, train), "test": samples(scaled, labels, test)}
+    notes = {"stats.json": {v: {k: x.tolist() for k, x in both.items()} for v, both in stats.items()}}
+    for name, written in write_splits(args.out, splits, shard_samples=400, notes=notes).items():
         print(f"{name}: {written}")
 
 

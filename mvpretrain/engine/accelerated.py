@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from mvpretrain.engine.step import Step, agree
+from mvpretrain.engine.step import Step, agree, put_back, remember
 from mvpretrain.engine.world import World
 from mvpretrain.recipe import EngineConfig
 from mvpretrain.task import Task
@@ -44,9 +44,11 @@ class Accelerated:
 
     def step(self, batch: Batch, values: Sequence[float] = ()) -> Step:
         self.model.train()
+        before = remember(self.task)
         losses: Losses = self.model(batch)
         loss, finite, sums = agree(self.world, losses.total, values)
         if not finite:
+            put_back(self.task, before)
             return Step(loss, losses.parts, None, False, sums)
         self.accelerator.backward(losses.total)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip or float("inf"))
@@ -56,6 +58,8 @@ class Accelerated:
         if stepped:
             self.optimizer.step()
             stepped = not self.accelerator.optimizer_step_was_skipped
+        if not stepped:
+            put_back(self.task, before)
         self.optimizer.zero_grad()
         return Step(loss, losses.parts, float(norm), stepped, sums)
 

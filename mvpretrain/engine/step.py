@@ -63,11 +63,28 @@ def agree(world: World, loss: Tensor, values: Sequence[float]) -> tuple[float, b
     return total[0] / world.size, total[1] == 0, total[2:]
 
 
+def remember(task: Task) -> list[Tensor]:
+    """Copies of the task's buffers: a forward pass changes batch statistics before anyone knows whether it counts."""
+    return [buffer.clone() for buffer in task.buffers()]
+
+
+def put_back(task: Task, kept: Sequence[Tensor]) -> None:
+    """Undo what a forward pass did to the buffers."""
+    for buffer, value in zip(task.buffers(), kept, strict=True):
+        buffer.copy_(value)
+
+
 @contextlib.contextmanager
 def encoding(engine: Engine) -> Iterator[Task]:
-    """The task for evaluation: no gradients, no dropout, the run's precision. Every rank must make the same calls."""
+    """The task for evaluation: no gradients, no dropout, the run's precision. Every rank must make the same calls.
+
+    Ranks keep batch statistics of their own rows while they train; here all take rank 0's, which are those saved.
+    """
     world = engine.world
     engine.task.eval()
+    for buffer in engine.task.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(world.exchange.sum(buffer if world.rank == 0 else torch.zeros_like(buffer)))
     with torch.no_grad(), torch.autocast(world.device.type, DTYPES[world.precision], enabled=world.precision != "fp32"):
         yield engine.task
     engine.task.train()

@@ -46,10 +46,8 @@ def settle(config: EngineConfig) -> tuple[str, str, torch.device, int, int]:
         raise ValueError("engine.device=cuda, but torch sees no GPU; set engine.device=cpu")
     if precision == "fp16" and not wants_gpu:
         raise ValueError("engine.precision=fp16 needs a GPU; set engine.precision=bf16 or fp32")
-    if config.offload and not kind.startswith("zero"):
-        raise ValueError(
-            f"engine.offload moves ZeRO's optimiser state; engine.kind={kind} has none, set zero1 to zero3"
-        )
+    if config.offload and kind not in ("zero1", "zero2", "zero3"):
+        raise ValueError(f"engine.offload moves ZeRO's part of the optimiser; kind={kind} has none, set zero1 to zero3")
     if config.options and not kind.startswith("zero"):
         raise ValueError(f"engine.options are DeepSpeed's, engine.kind={kind} does not use it; set zero0 to zero3")
     _refuse_contradiction(kind, precision)
@@ -59,14 +57,14 @@ def settle(config: EngineConfig) -> tuple[str, str, torch.device, int, int]:
 def _refuse_contradiction(kind: str, precision: str) -> None:
     """`accelerate launch` passes its own wishes on by environment; the recipe decides, and both must agree."""
     told = os.environ.get
-    if told("ACCELERATE_USE_FSDP", "false") == "true":
+    if told("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ValueError("accelerate launch asked for FSDP, which is not supported; use --multi_gpu or --use_deepspeed")
-    if told("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+    if told("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         stage = told("ACCELERATE_DEEPSPEED_ZERO_STAGE")
         if not kind.startswith("zero") or (stage is not None and kind != f"zero{stage}"):
             raise ValueError(
-                f"accelerate launch asked for DeepSpeed ZeRO-{stage}, the recipe for engine.kind={kind}; "
-                f"set engine.kind=zero{stage} or start without --use_deepspeed"
+                f"accelerate launch asked for DeepSpeed{f' ZeRO-{stage}' if stage else ''}, the recipe for "
+                f"engine.kind={kind}; set engine.kind=zero{stage or 2} or start without --use_deepspeed"
             )
     mixed = told("ACCELERATE_MIXED_PRECISION", "no")
     if mixed not in ("no", precision):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -10,8 +12,9 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
-from mvpretrain.engine.step import Step, agree
+from mvpretrain.engine.step import Step, agree, put_back, remember
 from mvpretrain.engine.world import World
 from mvpretrain.recipe import EngineConfig
 from mvpretrain.task import Task
@@ -30,6 +33,11 @@ class Zero:
             # The shared-memory collectives would be compiled at first use (40 s) and need a C++ compiler.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         _fit_for_zero(task)
+        if self.stage and not _element_wise(optimizer):
+            raise ValueError(
+                f"{type(optimizer).__name__} scales by whole layers, and ZeRO-{self.stage} hands it flat pieces that depend "
+                "on the number of ranks; set engine.kind=ddp or zero0, or optimizer.kind=adamw"
+            )
         deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
         self.model, prepared, *_ = deepspeed.initialize(
             model=task, optimizer=optimizer, config=_zero_config(world, config, self.stage, batch)
@@ -43,21 +51,36 @@ class Zero:
 
     def step(self, batch: Batch, values: Sequence[float] = ()) -> Step:
         self.model.train()
+        before = remember(self.task)
         losses: Losses = self.model(batch)
         loss, finite, sums = agree(self.world, losses.total, values)
+        norm = None
+        if finite:
+            self.model.backward(losses.total)
+            norm, finite = self._descend()
         if not finite:
-            return Step(loss, losses.parts, None, False, sums)
-        self.model.backward(losses.total)
+            put_back(self.task, before)
+        return Step(loss, losses.parts, norm, finite, sums)
+
+    def _descend(self) -> tuple[float | None, bool]:
+        """(gradient norm, whether the optimiser has stepped)."""
+        own = None
+        if self.stage == 0 and self.world.precision != "fp16":
+            # Without partitions, DeepSpeed neither looks at the gradient nor tells its norm.
+            own = float(get_total_norm([p.grad for p in self.task.parameters() if p.grad is not None]))
+            if not math.isfinite(own):
+                self.model.zero_grad()
+                return own, False
         self.model.step()
-        norm = self.model.get_global_grad_norm()
+        norm = own if own is not None else self.model.get_global_grad_norm()
         norm = None if norm is None else float(norm)
         stepped = self.model.was_step_applied()
-        if stepped and norm is not None and not torch.isfinite(torch.tensor(norm)):
+        if stepped and norm is not None and not math.isfinite(norm):
             raise FloatingPointError(
                 f"the gradient norm is {norm} and ZeRO has stepped with it; resume from the last checkpoint with "
                 "a lower optimizer.lr or engine.precision=fp32"
             )
-        return Step(loss, losses.parts, norm, stepped, sums)
+        return norm, stepped
 
     def save(self, folder: Path) -> None:
         self.model.save_checkpoint(str(folder), tag="zero", client_state={"stage": self.stage, "size": self.world.size})
@@ -96,6 +119,24 @@ def _fit_for_zero(task: Task) -> None:
         if parameter.dim() == 0:
             raise ValueError(f"parameter {name!r} has no dimension, DeepSpeed cannot hold it; give it shape [1]")
         parameter.data = parameter.data.contiguous()
+
+
+def _element_wise(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimiser moves a flat piece of a weight as it moves it in the whole: LAMB, LARS and Muon do not."""
+    start, gradient = torch.linspace(1, 3, 24), torch.linspace(-1, 2, 24).exp()
+
+    def moved(*shape: int, part: slice = slice(None)) -> Tensor:
+        weight = torch.nn.Parameter(start[part].reshape(shape).clone())
+        twin = object.__new__(type(optimizer))  # whatever arguments its constructor needs
+        twin.__dict__.update(optimizer.__dict__)
+        twin.state, twin.param_groups = defaultdict(dict), [{**optimizer.param_groups[0], "params": [weight]}]
+        for _ in range(2):
+            weight.grad = gradient[part].reshape(shape).clone()
+            twin.step()
+        return weight.detach().flatten() - start[part]
+
+    pieces = torch.cat([moved(9, part=slice(9)), moved(15, part=slice(9, 24))])
+    return torch.allclose(moved(4, 6), pieces, rtol=1e-3)
 
 
 def _zero_config(world: World, config: EngineConfig, stage: int, batch: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -44,16 +45,19 @@ def probe_rows(report: Mapping[str, Any]) -> list[list[str]]:
 
 def tables(report: Mapping[str, Any]) -> list[Table]:
     """The tables for a console; the second only where there are probes."""
-    made = [table(f"Retrieval on {report['samples']} samples, percent; chance of R@1", retrieval_rows(report), 2)]
+    # Sizes stay in the written report: a terminal has 80 columns.
+    pairs = [[f"{row[0]} → {row[1]}", *row[2:7], row[8]] for row in retrieval_rows(report)]
+    made = [table(f"Retrieval on {report['samples']} held-out samples, percent", pairs, 1)]
     if report["probes"]:
-        made.append(table("Probes on the features before the head, accuracy in percent", probe_rows(report), 2))
+        probes = [row[:6] for row in probe_rows(report)]
+        made.append(table("Probes on the features before the head, accuracy in percent", probes, 2))
     return made
 
 
 def table(title: str, rows: Sequence[Sequence[str]], names: int) -> Table:
-    made = Table(title=title)
+    made = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
     for index, heading in enumerate(rows[0]):
-        made.add_column(heading, justify="left" if index < names else "right")
+        made.add_column(heading, justify="left" if index < names else "right", no_wrap=index < names)
     for row in rows[1:]:
         made.add_row(*row)
     return made
@@ -63,10 +67,7 @@ def markdown(name: str, report: Mapping[str, Any]) -> str:
     """The report as a page with GitHub tables."""
     parts = [f"# {name}", RETRIEVAL.format(samples=report["samples"]), grid(retrieval_rows(report), 2)]
     if report["probes"]:
-        parts += [
-            PROBES,
-            grid(probe_rows(report), 2),
-        ]
+        parts += [PROBES, grid(probe_rows(report), 2)]
     if report["samples_per_second"]:
         parts.append(f"Training ran at {report['samples_per_second']:.0f} samples a second (median over the log).")
     return "\n\n".join([*parts, "![report](report.png)\n"])

@@ -13,6 +13,7 @@ FILES = {b"0", b"\0", b"7"}
 NO_BODY = {b"1", b"2", b"3", b"4", b"5", b"6"}  # links, devices, folders, pipes: their size counts no bytes here
 EXTENDED = {b"x", b"X", b"g", b"L", b"K"}
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+TOLD = (b"path=", b"size=", b"GNU.sparse")  # what matters in pax headers: most say nothing but the time
 MOST_FIELDS = 256
 
 
@@ -64,7 +65,7 @@ def member(tar: bytes | mmap, at: int, defaults: dict[bytes, bytes]) -> Member |
             raise Cut(f"cut inside an extended header at byte {at:,}")
         if kind == b"L":
             own[b"path"] = record.rstrip(b"\0")
-        elif kind != b"K":
+        elif kind != b"K" and any(word in record for word in TOLD):
             (defaults if kind == b"g" else own).update(pax(record, at))
         at = body + blocks(size)
     if own or defaults:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import re
+import os
 import signal
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from hashlib import blake2b
-from typing import Any, Literal, NamedTuple, Protocol
+from threading import Thread
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Field
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader
 
 from mvpretrain.config import Config
 from mvpretrain.shards.order import Mix, Order
-from mvpretrain.shards.tars import BadSample
-from mvpretrain.types import Batch, Sample, Transform, View
+from mvpretrain.shards.rows import Draw, Read, Rows, Source
+from mvpretrain.types import Batch, Transform
 
 JUDGED = 200  # samples that are seen before the share of bad ones counts
 
@@ -40,47 +40,11 @@ class StreamConfig(Config):
     prefetch: int = Field(default=4, ge=1)
 
 
-class Source(Protocol):
-    """Samples that can be read in any order, in any process."""
-
-    name: str
-    weight: float  # its share of the draws where there are several sources
-    counts: np.ndarray  # samples of each shard
-
-    @property
-    def ids(self) -> np.ndarray: ...  # int64, one a sample
-
-    def read(self, i: int) -> Sample:
-        """Sample i of sum(counts). BadSample: it cannot be had, and why."""
-        ...
-
-
 class Cursor(NamedTuple):
     """A place between two global batches."""
 
     step: int  # batches before it
     drawn: tuple[int, ...]  # samples before it, by source
-
-
-class Draw(NamedTuple):
-    """One row of a batch before it is read."""
-
-    source: int  # -1: filler
-    position: int  # in the source's order; seeds the augmentation
-    sample: int
-
-
-class Row(NamedTuple):
-    """One row of a batch; without a view where the sample lacks it."""
-
-    views: dict[str, View]
-    id: int = -1
-    label: int = -1
-    bad: str = ""  # why the sample could not be used
-
-
-# Not a Counter: pinning copies a mapping by `update`, which doubles a Counter's counts.
-Read = tuple[Batch, dict[str, int]]
 
 
 class Stream:
@@ -181,58 +145,9 @@ class Stream:
             prefetch_factor=-(-self.config.prefetch // workers) if workers else None,
             collate_fn=unchanged,
             pin_memory=self.pin,
-            worker_init_fn=deaf,
+            worker_init_fn=obey_parent,
             generator=torch.Generator(),  # else each start would draw from the training's own random numbers
         )
-
-
-class Rows(Dataset[Read]):
-    """Draws to batches: read, decode, augment, stack."""
-
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        transforms: Mapping[str, tuple[tuple[str, ...], Transform]],
-        seed: int,
-    ):
-        self.sources, self.transforms, self.seed = sources, transforms, seed
-        self.blanks = {view: transform.blank() for view, (_, transform) in transforms.items()}
-
-    def __getitem__(self, draws: list[Draw]) -> Read:
-        with torch.random.fork_rng(devices=[]):
-            rows = [self.row(draw) for draw in draws]
-        batch = Batch(
-            views={view: stacked([row.views.get(view, blank) for row in rows]) for view, blank in self.blanks.items()},
-            ids=torch.tensor([row.id for row in rows], dtype=torch.int64),
-            present={view: torch.tensor([view in row.views for row in rows]) for view in self.blanks},
-            labels=torch.tensor([row.label for row in rows], dtype=torch.int64),
-        )
-        return batch, dict(Counter(row.bad for row in rows if row.bad))
-
-    def row(self, draw: Draw) -> Row:
-        if draw.source < 0:
-            return Row({})
-        source, views = self.sources[draw.source], {}
-        try:
-            sample = source.read(draw.sample)
-            for view, (fields, transform) in self.transforms.items():
-                field = next((f for f in fields if f in sample.fields), None)
-                if field is not None:
-                    torch.default_generator.manual_seed(seed_of(self.seed, draw.source, draw.position, view))
-                    views[view] = self.item(view, transform, sample.fields[field])
-        except BadSample as error:
-            return Row({}, int(source.ids[draw.sample]), bad=str(error))
-        return Row(views, sample.id, sample.label)
-
-    def item(self, view: str, transform: Transform, raw: Any) -> View:
-        """The transform's item. BadSample: it fails, in whatever way, or gives another shape than its blank."""
-        try:
-            item = transform(raw)
-        except Exception as error:
-            raise BadSample(f"{view}: {described(error)}") from error
-        if layout(item) != layout(self.blanks[view]):
-            raise BadSample(f"{view}: {layout(item)} where the blank item is {layout(self.blanks[view])}")
-        return item
 
 
 class BadSamples:
@@ -266,32 +181,21 @@ class BadSamples:
             )
 
 
-def stacked(items: list[View]) -> View:
-    # default_collate stacks into memory that a worker shares with the training process.
-    masks = [item.mask for item in items]
-    return View(default_collate([item.data for item in items]), None if masks[0] is None else default_collate(masks))
-
-
-def layout(item: View) -> str:
-    mask = "" if item.mask is None else f", mask {list(item.mask.shape)}"
-    return f"{item.data.dtype} {list(item.data.shape)}{mask}".removeprefix("torch.")
-
-
-def described(error: Exception) -> str:
-    """Kind and first words of an error, without the numbers that would make every sample a reason of its own."""
-    words = re.sub(r"0x[0-9a-f]+|\d+", "#", str(error).partition("\n")[0])[:80]
-    return f"{type(error).__name__}: {words}" if words else type(error).__name__
-
-
-def seed_of(*key: int | str) -> int:
-    return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
-
-
 def unchanged(read: Any) -> Any:
     return read
 
 
-def deaf(worker: int) -> None:
-    """Launchers send SIGTERM to whole process groups; the training process decides when a worker's work is done."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def obey_parent(worker: int) -> None:
+    """Let nobody but the training process end a worker: launchers and schedulers signal all processes at once.
+
+    A signal's sender is told to `sigwaitinfo` alone, which needs a thread that waits.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    Thread(target=wait, daemon=True).start()

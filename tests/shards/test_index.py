@@ -70,18 +70,18 @@ NAMES = [
 
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_headers_agree_with_tarfile_and_webdataset(tmp_path: Path, kind: int) -> None:
-    path = tmp_path / "s.tar"
+    path, long = tmp_path / "s.tar", kind != tarfile.USTAR_FORMAT
     with tarfile.open(path, "w", format=kind, pax_headers={"comment": "for all"}) as tar:
-        for k, name in enumerate(NAMES + ([f"{'x' * 300}.jpg"] if kind != tarfile.USTAR_FORMAT else [])):
+        for k, name in enumerate(NAMES + [f"{'x' * 300}.jpg"] * long):
             info = tarfile.TarInfo(name)
             info.size, info.mtime = k * 300, 1.5 if kind == tarfile.PAX_FORMAT else 1
             tar.addfile(info, io.BytesIO(bytes([k]) * info.size))
             folder = tarfile.TarInfo(f"folder{k}.jpg")
             folder.type = tarfile.DIRTYPE
             tar.addfile(folder)
-        link = tarfile.TarInfo("link.jpg")
-        link.type, link.linkname, link.size = tarfile.SYMTYPE, LONG if kind != tarfile.USTAR_FORMAT else "a.jpg", 0
-        tar.addfile(link)
+            link = tarfile.TarInfo(f"link{k}.jpg")
+            link.type, link.linkname, link.size = tarfile.SYMTYPE, "a.jpg" * (1 + 30 * long), 700
+            tar.addfile(link)
     index = Index.scan(str(path))
     with path.open("rb") as file:
         expected = list(group_by_keys({**found, "__url__": ""} for found in tar_file_iterator(file)))  # type: ignore[arg-type]

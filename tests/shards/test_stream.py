@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import gc
 import io
 import pickle
+import subprocess
+import time
 from collections import Counter
 from collections.abc import Mapping
 from itertools import islice
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ import torch
 from PIL import Image
 
 from mvpretrain.shards.index import Index
-from mvpretrain.shards.stream import BadSamples, Cursor, Stream, StreamConfig
+from mvpretrain.shards.stream import BadSamples, Cursor, Stream, StreamConfig, obey_parent
 from mvpretrain.shards.tars import ShardsConfig, Tars, Weighted
 from mvpretrain.types import Batch, View
 from tests.shards.test_index import samples_of, write_shards
@@ -201,10 +205,36 @@ class Broken(Tars):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_our_own_faults_surface(tmp_path: Path, workers: int) -> None:
+def test_our_own_faults_surface_and_end_the_workers(
+    tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
     source = Broken(Index.scan(write_shards(tmp_path, samples_of(4))))
     with pytest.raises(LookupError, match="a fault of the program"):
         next(stream_of([source], batch=2, workers=workers).batches(Cursor(0, (0,))))
+    gc.collect()
+    assert not active_children()
+
+
+def sleep(ready: Any) -> None:
+    obey_parent(0)
+    ready.set()
+    time.sleep(30)
+
+
+def test_only_the_training_process_ends_a_worker() -> None:
+    fork = get_context("fork")
+    ready = fork.Event()
+    worker = fork.Process(target=sleep, args=(ready,))
+    worker.start()
+    assert ready.wait(10) and worker.pid
+    for name in ("-TERM", "-INT"):
+        subprocess.run(["kill", name, str(worker.pid)], check=True)
+    worker.join(0.3)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 def test_too_many_bad_samples_stop_the_run() -> None:

@@ -47,8 +47,9 @@ def test_travels_to_another_process_with_files_open(tmp_path: Path, monkeypatch:
 def test_labels(tmp_path: Path) -> None:
     rows = [b'{"class": 5}', b"{}", b'{"class": "dog"}', b"{", b"[1]"]
     paths = write_shards(tmp_path, [{"__key__": f"k{i}", "json": row, "bin": b""} for i, row in enumerate(rows)])
+    paths += write_shards(tmp_path, [{"__key__": "unlabelled", "bin": b""}], 1, "t")
     (tars,) = build(paths, {"x": ("bin", "some")}, label="json:class")
-    assert [tars.read(i).label for i in range(2)] == [5, -1]
+    assert [tars.read(i).label for i in (0, 1, 5)] == [5, -1, -1]
     for i in range(2, 5):
         with pytest.raises(BadSample, match=r"label json: \w+Error"):
             tars.read(i)
