@@ -84,19 +84,25 @@ def save(run: Path, engine: Engine, recipe: Recipe, place: Place) -> Path:
 
 
 def load(path: Path, engine: Engine) -> Place:
-    """Put engine, generators and place back. ValueError: written by another world that this engine cannot take over."""
-    meta = json.loads((path / "meta.json").read_text())
+    """Put engine, generators and place back. ValueError: a state that this engine or this recipe cannot take over."""
     world = engine.world
-    if world.kind.startswith("zero") and (meta["size"] != world.size or meta["kind"] != world.kind):
-        raise ValueError(
-            f"{path} was written by {meta['size']} ranks under {meta['kind']}, this run has {world.size} under "
-            f"{world.kind}; start it as it was, or begin a new run from {path / 'weights.safetensors'} (init=...)"
-        )
+    meta = refuse_other_world(path, world.kind, world.size)
     engine.load(path)
     generators = path / f"rank-{world.rank}.pt"
     if generators.is_file():
         _restore(torch.load(generators, weights_only=False))
     return Place(meta["step"], Cursor(meta["cursor"][0], tuple(meta["cursor"][1])), meta["skipped"], meta["metrics"])
+
+
+def refuse_other_world(path: Path, kind: str, size: int) -> dict[str, Any]:
+    """What the checkpoint says of itself. ValueError: ZeRO's parts were written by other ranks or another stage."""
+    meta = json.loads((path / "meta.json").read_text())
+    if kind.startswith("zero") and (meta["size"] != size or meta["kind"] != kind):
+        raise ValueError(
+            f"{path} was written by {meta['size']} ranks under {meta['kind']}, this run has {size} under "
+            f"{kind}; start it as it was, or begin a new run from {path / 'weights.safetensors'} (init=...)"
+        )
+    return meta
 
 
 def note_best(run: Path, step: int, metric: str, value: float, exchange: Exchange) -> bool:

@@ -10,6 +10,7 @@ import torch
 from mvpretrain.recipe import Recipe
 from mvpretrain.shards.stream import Source, Stream
 from mvpretrain.shards.synthetic import SyntheticConfig
+from mvpretrain.shards.tars import Tars
 from mvpretrain.types import Transform
 
 Split = Literal["train", "eval"]
@@ -30,6 +31,11 @@ def sources(recipe: Recipe, split: Split) -> list[Source]:
 def samples(stream: Stream) -> int:
     """The samples of an epoch."""
     return int(sum(source.counts.sum() for source in stream.sources))
+
+
+def damages(stream: Stream) -> list[str]:
+    """What is wrong with the tars as a whole: those that break off are used up to there, however much is missing."""
+    return [f"{p.url}: {p.reason}" for s in stream.sources if isinstance(s, Tars) for p in s.index.problems]
 
 
 def transforms(recipe: Recipe, augmented: bool) -> dict[str, tuple[tuple[str, ...], Transform]]:

@@ -26,10 +26,10 @@ class Logbook:
         if not active:
             return
         run.mkdir(parents=True, exist_ok=True)
+        self.wandb = _wandb(run, recipe) if recipe.log.wandb else None  # first: it may refuse
         self._cut(start)
         self.file = self.path.open("a")
         self.board = _tensorboard(run, start) if recipe.log.tensorboard else None
-        self.wandb = _wandb(run, recipe) if recipe.log.wandb else None
         self.console = Console()
         self.bar = Progress(
             TextColumn("{task.description}"),

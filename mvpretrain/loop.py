@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 
 from mvpretrain import checkpoint, feed, optim
 from mvpretrain.checkpoint import Place
-from mvpretrain.engine import Engine, Step, World, encoding, start, wrap
+from mvpretrain.engine import Engine, Step, World, encoding, settle, start, wrap
 from mvpretrain.evaluation.suite import evaluate
 from mvpretrain.exchange import Exchange
 from mvpretrain.logbook import Logbook
 from mvpretrain.recipe import Recipe
 from mvpretrain.shards.stream import BadSamples, Stream
+from mvpretrain.task import Task
 
 PREEMPTED = 75  # exit code of a run that was told to stop and saved: start it again with --resume
 
@@ -40,10 +41,14 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     """
     run = Path(recipe.run)
     found = place_to_start(recipe, resume)
-    world = start(recipe.engine)
-    stream = feed.stream(recipe, "train", world.rank, world.size)
+    # What can be refused is refused here: a process group that is waited for in vain costs minutes, not seconds.
+    kind, _, _, rank, size = settle(recipe.engine)
+    stream, validation = (feed.stream(recipe, split, rank, size) for split in ("train", "eval"))
     assert stream is not None
+    if found:
+        checkpoint.refuse_other_world(found, kind, size)
     steps = recipe.total_steps(feed.samples(stream))
+    world = start(recipe.engine)
     engine = build(recipe, world)
     if found:
         place = checkpoint.load(found, engine)
@@ -55,10 +60,12 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         (run / "recipe.yaml").write_text(recipe.dump())
     log = Logbook(run, recipe, steps, place.step, active=world.rank == 0)
     log.say(f"# {world.kind} on {world.size} process(es), {world.device.type}, {world.precision}\n{recipe.dump()}")
+    for damage in feed.damages(stream):
+        log.say(f"a tar breaks off and is used up to there: {damage}")
     if resume:
         log.say(f"going on after step {place.step}" if found else f"{run} holds no checkpoint yet: starting at step 0")
     try:
-        _Loop(recipe, engine, stream, steps, run, log).go(place)
+        _Loop(recipe, engine, stream, validation, steps, run, log).go(place)
     finally:
         log.close()
     return run
@@ -83,18 +90,41 @@ def build(recipe: Recipe, world: World) -> Engine:
     _seed(recipe.seed)  # the same on every rank: the towers must start equal
     task = recipe.task(world.exchange)
     if recipe.init:
-        task.load_state_dict(load_file(recipe.init), strict=False)
+        start_from(task, recipe.init)
     task.to(world.device)
     return wrap(world, task, optim.build(task, recipe.towers, recipe.optimizer), recipe.engine, recipe.batch)
+
+
+def start_from(task: Task, path: str) -> None:
+    """Weights of another run; what they lack stays as it is. ValueError: other shapes, or nothing that fits."""
+    weights = load_file(path)
+    known = task.state_dict()
+    misfits = [k for k in weights if k in known and weights[k].shape != known[k].shape]
+    if misfits or not weights.keys() & known.keys():
+        name = (misfits or [*weights])[0]
+        here = list(known[name].shape) if misfits else "nothing"
+        raise ValueError(
+            f"init={path}: {name!r} is {list(weights[name].shape)} there and {here} in this recipe ({len(misfits)} of "
+            f"{len(weights)} such tensors: size mismatch); give the towers the sizes they had"
+        )
+    task.load_state_dict(weights, strict=False)
 
 
 class _Loop:
     """One run's steps: data, step, log, evaluation, checkpoint, in this order, the same on every rank."""
 
-    def __init__(self, recipe: Recipe, engine: Engine, stream: Stream, steps: int, run: Path, log: Logbook):
-        self.recipe, self.engine, self.stream = recipe, engine, stream
+    def __init__(
+        self,
+        recipe: Recipe,
+        engine: Engine,
+        stream: Stream,
+        validation: Stream | None,
+        steps: int,
+        run: Path,
+        log: Logbook,
+    ):
+        self.recipe, self.engine, self.stream, self.validation = recipe, engine, stream, validation
         self.steps, self.run, self.log = steps, run, log
-        self.validation = feed.stream(recipe, "eval", engine.world.rank, engine.world.size)
 
     def go(self, place: Place) -> None:
         recipe, world = self.recipe, self.engine.world

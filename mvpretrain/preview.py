@@ -34,6 +34,8 @@ def preview(recipe: Recipe, console: Console) -> None:
         f"engine: {kind} on {ranks} rank(s), {device.type}, {precision}; {rows} samples a rank\n"
         f"objective: {recipe.objective.kind}, {memory / 2**20:.1f} MiB a rank"
     )
+    for damage in feed.damages(stream):
+        console.print(damage, markup=False, highlight=False, soft_wrap=True)
     console.print(first_batch(stream, task))
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, cast
 
 import torch
 from pydantic import BeforeValidator, Field, SerializeAsAny, WithJsonSchema
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -56,6 +57,8 @@ class Tower(nn.Module):
         self.config = config
         self.encoder = config.encoder.build()
         self.head = head(cast(Encoder, self.encoder).dim, dim, config.head)
+        if config.weights:
+            adopt(self, config.weights)
         if config.freeze:
             freeze(self.encoder, config.train_blocks)
         if config.checkpoint_activations:
@@ -76,6 +79,16 @@ class Tower(nn.Module):
         if self.config.freeze and not self.config.train_blocks:
             self.encoder.train(False)
         return self
+
+
+def adopt(tower: Tower, path: str) -> None:
+    """Start from the model.safetensors of an exported view. ValueError: not there, or of another tower."""
+    weights = load_file(encoders.local_file(path, "towers.weights"))
+    try:
+        tower.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"towers.weights={path!r} is of another encoder or head: {reason}") from error
 
 
 def head(inputs: int, outputs: int, config: HeadConfig) -> nn.Module:

@@ -58,6 +58,18 @@ def test_export_embeds_as_the_run_does(run, tmp_path, capsys, checkpoint, step):
     assert all(f"{view}: read back" in said for view in ("left", "right", "text"))
 
 
+def test_a_tower_starts_from_an_exported_view_and_refuses_another_one(run, tmp_path):
+    out = export(run, tmp_path / "out", views=["text"])
+    task = recipe.load(run, [f"towers.text.weights={out}/text/model.safetensors"]).task(Alone())
+    wanted = load_file(out / "text/model.safetensors")
+    for name, value in task.towers["text"].state_dict().items():
+        assert torch.equal(value, wanted[name]), name
+    with pytest.raises(ValueError, match=r"towers\.weights=.*is of another encoder or head"):
+        recipe.load(run, [f"towers.both.weights={out}/text/model.safetensors"]).task(Alone())
+    with pytest.raises(ValueError, match=r"towers\.weights: 'nothing\.safetensors' is no file"):
+        recipe.load(run, ["towers.text.weights=nothing.safetensors"]).task(Alone())
+
+
 def test_one_view_by_its_folder_alone_and_from_elsewhere(run, tmp_path):
     out = export(run, tmp_path / "out", views=["text"])
     words = ["a photo", b"of bytes", "x"]
@@ -190,10 +202,10 @@ class Own(nn.Module):
 
 
 def test_foreign_views_and_encoders(tmp_path):
-    own = {"kind": "tests.test_export:Own", "scale": 3.0, "field": "npy"}
+    own = {"kind": "tests.test_exporting:Own", "scale": 3.0, "field": "npy"}
     changes = settings(tmp_path)
     views = {"own": own, "text": changes["views"]["text"]}
-    towers = {"own": {"encoder": {"kind": "tests.test_export:Own"}}, "text": changes["towers"]["text"]}
+    towers = {"own": {"encoder": {"kind": "tests.test_exporting:Own"}}, "text": changes["towers"]["text"]}
     run = make_run(tmp_path, views=views, towers=towers, evaluation={})
     exported = load(export(run, tmp_path / "out"), "own")
     raw = torch.randn(5, 2, 2)

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     features, labels = load(args.folder)
     train, test = split(labels, np.random.default_rng(args.seed))
     stats = {view: constants(table[train]) for view, table in features.items()}
-    scaled = {v: np.float32((table - stats[v]["mean"]) / stats[v]["std"]) for v, table in features.items()}
+    scaled = {v: ((table - stats[v]["mean"]) / stats[v]["std"]).astype(np.float32) for v, table in features.items()}
     splits = {"train": samples(scaled, labels, train), "test": samples(scaled, labels, test)}
     notes = {"stats.json": {v: {k: x.tolist() for k, x in both.items()} for v, both in stats.items()}}
     for name, written in write_splits(args.out, splits, shard_samples=400, notes=notes).items():

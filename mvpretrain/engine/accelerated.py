@@ -79,7 +79,11 @@ class Accelerated:
                 f"{folder} was not written by engine.kind={self.world.kind}; resume it with the kind it had"
             )
         state = torch.load(folder / "engine.pt", map_location=self.world.device, weights_only=True)
-        self.task.load_state_dict(state["model"])
+        try:
+            self.task.load_state_dict(state["model"])
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{folder} is of another model: {reason}; resume with the recipe it had") from error
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])

@@ -85,7 +85,8 @@ def start(config: EngineConfig) -> World:
     if size > 1 and not dist.is_initialized():
         dist.init_process_group(backend)
     elif kind.startswith("zero") and not dist.is_initialized():
-        # DeepSpeed needs a group even for one process.
+        # DeepSpeed needs a group even for one process, and asks the environment for what launchers put there.
+        os.environ.setdefault("LOCAL_RANK", "0")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     found = dist.get_world_size() if dist.is_initialized() else 1
     if found != size:

@@ -35,8 +35,8 @@ class Zero:
         _fit_for_zero(task)
         if self.stage and not _element_wise(optimizer):
             raise ValueError(
-                f"{type(optimizer).__name__} scales by whole layers, and ZeRO-{self.stage} hands it flat pieces that depend "
-                "on the number of ranks; set engine.kind=ddp or zero0, or optimizer.kind=adamw"
+                f"{type(optimizer).__name__} scales by whole layers, and ZeRO-{self.stage} hands it flat pieces that "
+                "depend on the number of ranks; set engine.kind=ddp or zero0, or optimizer.kind=adamw"
             )
         deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
         self.model, prepared, *_ = deepspeed.initialize(

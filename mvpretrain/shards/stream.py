@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from threading import Thread
@@ -142,6 +143,8 @@ class Stream:
             batch_size=None,
             sampler=draws,
             num_workers=workers,
+            # Forked workers share the index and the imports; a fork server's would load both anew, each for itself.
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             prefetch_factor=-(-self.config.prefetch // workers) if workers else None,
             collate_fn=unchanged,
             pin_memory=self.pin,

@@ -210,10 +210,11 @@ def test_our_own_faults_surface_and_end_the_workers(
 ) -> None:
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
     source = Broken(Index.scan(write_shards(tmp_path, samples_of(4))))
+    before = set(active_children())  # the session's ranks, where there are any
     with pytest.raises(LookupError, match="a fault of the program"):
         next(stream_of([source], batch=2, workers=workers).batches(Cursor(0, (0,))))
     gc.collect()
-    assert not active_children()
+    assert set(active_children()) <= before
 
 
 def sleep(ready: Any) -> None:

@@ -1,0 +1,144 @@
+"""What an engine writes down, and that going on from it is going on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mvpretrain import checkpoint, recipe
+from mvpretrain.checkpoint import Place
+from mvpretrain.engine import encoding
+from mvpretrain.shards.stream import Cursor
+from mvpretrain.task import HeadConfig
+from tests.engine.small import batch_of, engine_of, held, optimizer_of, rows_of, task_of
+
+HERE = Place(3, Cursor(0, (36,)), {}, {})
+
+
+def noisy(kind: str, norm: str = "batch") -> Any:
+    """An engine whose steps draw random numbers (dropout), with moments (AdamW) and batch statistics."""
+    changes = {"encoder": {"dropout": 0.3}, "head": HeadConfig(layers=2, norm=norm)}
+    return engine_of(kind, lambda exchange: task_of(3, torch.float32, exchange, **changes), optimizer_of)
+
+
+def advance(engine: Any, start: int, steps: int) -> list[float]:
+    world = engine.world
+    return [engine.step(rows_of(batch_of(3, seed=start + i), world.rank, world.size), [1.0]).loss for i in range(steps)]
+
+
+def plan(folder: Path) -> recipe.Recipe:
+    """A recipe that checkpoints may carry; the engines here are made by hand."""
+    views = {f"v{i}": {"kind": "vector", "field": "x", "dim": 4} for i in range(2)}
+    towers = {f"v{i}": {"encoder": {"kind": "mlp", "input": 4}} for i in range(2)}
+    rest = {"data": {"kind": "synthetic"}, "objective": {"kind": "infonce"}, "batch": 12, "steps": 6}
+    return recipe.parse({"run": str(folder), "views": views, "towers": towers, **rest})
+
+
+def evaluated(engine: Any) -> Tensor:
+    """What evaluation sees on this rank: all ranks are given the same rows."""
+    with encoding(engine) as task:
+        return torch.stack(list(task.encode(batch_of(3, seed=99)).z.values()))
+
+
+def whole_and_resumed(rank: int, kind: str, folder: Path) -> tuple[dict[str, bool], Tensor, dict[str, Tensor]]:
+    """Six steps, against three, a checkpoint, and three from it: what is equal, what evaluation sees, the weights."""
+    engine = noisy(kind)
+    torch.manual_seed(rank)
+    advance(engine, 0, 3)
+    checkpoint.save(folder, engine, plan(folder), HERE)
+    losses, seen, weights = advance(engine, 3, 3), evaluated(engine), engine.weights()
+    fresh = noisy(kind)
+    torch.manual_seed(7)  # a new process's generators know nothing of the old
+    equals = {"place": checkpoint.load(checkpoint.find(folder), fresh) == HERE}
+    equals |= {"losses": losses == advance(fresh, 3, 3), "evaluation": torch.equal(seen, evaluated(fresh))}
+    equals |= {"weights": equal(weights, fresh.weights()), "state": held(engine) == held(fresh)}
+    return equals, seen, weights
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "zero0", "zero1", "zero2", "zero3"])
+def test_going_on_from_a_checkpoint_is_going_on_bit_for_bit(ranks, tmp_path, kind):
+    (equals, seen, weights), (others, seen_there, none) = ranks(2).run(whole_and_resumed, kind, tmp_path)
+    assert all(equals.values()) and all(others.values()), (equals, others)
+    assert torch.equal(seen, seen_there)  # one evaluation, whichever rank encodes a sample
+    shapes = {name: value.shape for name, value in noisy("none").task.state_dict().items()}
+    assert {name: value.shape for name, value in weights.items()} == shapes and not none
+    assert load_file(checkpoint.find(tmp_path) / "weights.safetensors").keys() == shapes.keys()
+
+
+def test_going_on_in_one_process(tmp_path):
+    equals, _, weights = whole_and_resumed(0, "none", tmp_path)
+    assert all(equals.values()), equals
+    assert len(weights) == len(noisy("none").task.state_dict())
+
+
+def weights_and_embedding(rank: int, kind: str) -> tuple[dict[str, Tensor], Tensor]:
+    engine = noisy(kind)
+    advance(engine, 0, 2)
+    return engine.weights(), evaluated(engine)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "zero2", "zero3"])
+def test_plain_weights_are_the_model(ranks, kind):
+    """Put into a task that knows no engine, they give what the engine's own gives."""
+    weights, seen = ranks(2).run(weights_and_embedding, kind)[0]
+    plain = noisy("none")
+    plain.task.load_state_dict(weights)
+    torch.testing.assert_close(evaluated(plain), seen, rtol=0, atol=1e-6)
+
+
+def written(rank: int, kind: str, folder: Path, norm: str = "batch") -> None:
+    engine = noisy(kind, norm)
+    advance(engine, 0, 3)
+    checkpoint.save(folder, engine, plan(folder), HERE)
+
+
+def refused(rank: int, kind: str, folder: Path) -> str:
+    engine = noisy(kind)
+    before = held(engine)
+    try:
+        checkpoint.load(checkpoint.find(folder), engine)
+    except ValueError as error:
+        assert before == held(engine)
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "size"), [("zero2", "zero3", 2), ("zero2", "zero1", 2), ("zero2", "zero2", 4)]
+)
+def test_zero_checkpoints_stay_with_their_stage_and_ranks(ranks, tmp_path, one, other, size):
+    ranks(2).run(written, one, tmp_path)
+    for text in ranks(size).run(refused, other, tmp_path):
+        assert f"written by 2 ranks under {one}, this run has {size} under {other}" in text
+        assert f"{tmp_path}/checkpoints/step-00000003/weights.safetensors (init=...)" in text
+
+
+@pytest.mark.parametrize(("one", "other"), [("zero2", "ddp"), ("ddp", "zero2")])
+def test_plain_and_zero_checkpoints_are_not_each_other(ranks, tmp_path, one, other):
+    ranks(2).run(written, one, tmp_path)
+    for text in ranks(2).run(refused, other, tmp_path):
+        assert str(tmp_path) in text and ("the kind it had" in text or "start it as it was" in text)
+
+
+def taken_over(rank: int, kind: str, folder: Path) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
+    engine = noisy(kind, "layer")  # one of four ranks has a single row, which has no variance
+    place = checkpoint.load(checkpoint.find(folder), engine)
+    loaded = engine.weights()
+    return advance(engine, place.step, 2), loaded, engine.weights()
+
+
+def test_a_ddp_checkpoint_goes_on_with_other_ranks(ranks, tmp_path):
+    ranks(2).run(written, "ddp", tmp_path, "layer")
+    saved = load_file(checkpoint.find(tmp_path) / "weights.safetensors")
+    for losses, loaded, after in (ranks(4).run(taken_over, "ddp", tmp_path)[0], taken_over(0, "none", tmp_path)):
+        assert equal(loaded, saved) and not equal(after, saved)
+        assert len(losses) == 2 and all(torch.isfinite(torch.tensor(losses)))
