@@ -50,11 +50,8 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     steps = recipe.total_steps(feed.samples(stream))
     world = start(recipe.engine)
     engine = build(recipe, world)
-    if found:
-        place = checkpoint.load(found, engine)
-    else:
-        place = Place(0, stream.start(), {}, {})
-        _seed(recipe.seed + 1 + world.rank)
+    _seed(recipe.seed + 1 + world.rank)  # ranks draw apart; those that a checkpoint knows go on with what they had
+    place = resumed(found, engine) if found else Place(0, stream.start(), {}, {})
     if world.rank == 0:
         run.mkdir(parents=True, exist_ok=True)
         (run / "recipe.yaml").write_text(recipe.dump())
@@ -69,6 +66,15 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     finally:
         log.close()
     return run
+
+
+def resumed(found: Path, engine: Engine) -> Place:
+    """Engine and place of a checkpoint, under the rates and decays of the recipe: those may be changed on resuming."""
+    chosen = [(g["base_lr"], g["weight_decay"]) for g in engine.optimizer.param_groups]
+    place = checkpoint.load(found, engine)
+    for group, (rate, decay) in zip(engine.optimizer.param_groups, chosen):
+        group["base_lr"], group["weight_decay"] = rate, decay
+    return place
 
 
 def place_to_start(recipe: Recipe, resume: bool) -> Path | None:

@@ -90,7 +90,11 @@ class Zero:
             raise ValueError(
                 f"{folder} was not written by engine.kind={self.world.kind}; resume it with the kind it had"
             )
-        path, _ = self.model.load_checkpoint(str(folder), tag="zero")
+        try:
+            path, _ = self.model.load_checkpoint(str(folder), tag="zero")
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{folder} is of another model: {reason}; resume with the recipe it had") from error
         if path is None:
             raise ValueError(f"{folder}/zero does not load on {self.world.size} ranks under ZeRO-{self.stage}")
 
