@@ -99,7 +99,7 @@ def embedded(
     tars: Tars, exports: Mapping[str, Exported], count: int, batch: int, workers: int, device: torch.device
 ) -> Iterator[tuple[Rows, dict[str, int]]]:
     """(rows, samples that could not be used by reason), batch by batch."""
-    transforms = {name: (tuple(e.view.field.split(";")), e.transform) for name, e in exports.items()}
+    transforms = {name: (e.view.fields, e.transform) for name, e in exports.items()}
     stream = Stream([tars], transforms, batch, 0, StreamConfig.model_validate({"workers": workers}))
     batches = stream.loader(stream.slices(np.arange(count), np.array([len(tars.ids)])))
     steps = -(-count // batch)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -22,7 +21,7 @@ def sources(recipe: Recipe, split: Split) -> list[Source]:
     ValueError: shards that are not there, a field that no sample has, repeated keys.
     """
     if isinstance(recipe.data, SyntheticConfig):
-        sketches = {view.field.split(";")[0]: view.sketch for view in recipe.views.values()}
+        sketches = {view.fields[0]: view.sketch for view in recipe.views.values()}
         return list(recipe.data.build(sketches, train=split == "train"))
     wanted = {name: (view.field, view.missing) for name, view in recipe.views.items()}
     return list(recipe.data.build(wanted, train=split == "train"))
@@ -40,15 +39,14 @@ def damages(stream: Stream) -> list[str]:
 
 def transforms(recipe: Recipe, augmented: bool) -> dict[str, tuple[tuple[str, ...], Transform]]:
     """Each view's field alternatives and its transform."""
-    return {name: (tuple(view.field.split(";")), view.build(augmented)) for name, view in recipe.views.items()}
+    return {name: (view.fields, view.build(augmented)) for name, view in recipe.views.items()}
 
 
-def stream(recipe: Recipe, split: Split, rank: int, size: int, augmented: bool | None = None) -> Stream | None:
-    """The batches of a split for one rank; None where it has none. Training batches are augmented, unless told."""
+def stream(recipe: Recipe, split: Split, rank: int, size: int) -> Stream | None:
+    """The batches of a split for one rank; None where it has none. Training batches are augmented."""
     found = sources(recipe, split)
     if not found:
         return None
-    views: Mapping[str, tuple[tuple[str, ...], Transform]]
-    views = transforms(recipe, split == "train" if augmented is None else augmented)
+    views = transforms(recipe, augmented=split == "train")
     pin = recipe.engine.device != "cpu" and torch.cuda.is_available()
     return Stream(found, views, recipe.batch, recipe.seed, recipe.loader, rank, size, pin)

@@ -85,7 +85,7 @@ def read(
     sources = feed.sources(recipe, split)
     if not sources:
         return None
-    transforms = {name: (tuple(e.view.field.split(";")), e.transform) for name, e in exports.items()}
+    transforms = {name: (e.view.fields, e.transform) for name, e in exports.items()}
     stream = Stream(sources, transforms, recipe.batch, recipe.seed, recipe.loader)
     fresh = {name: untrained(exported, seed).to(device) for name, exported in exports.items()}
     parts = []

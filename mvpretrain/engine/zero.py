@@ -109,12 +109,9 @@ class Zero:
                 if keep:
                     found[name] = parameter.detach().cpu().clone()
         if keep:
-            found.update((k, v.detach().cpu().clone()) for k, v in self.task.named_buffers() if k in self.buffers())
+            state = self.task.state_dict(keep_vars=True).keys()  # some buffers are no part of it
+            found.update((k, v.detach().cpu().clone()) for k, v in self.task.named_buffers() if k in state)
         return found
-
-    def buffers(self) -> set[str]:
-        """Names of the buffers that belong to the state."""
-        return set(self.task.state_dict(keep_vars=True)) - {k for k, _ in self.task.named_parameters()}
 
 
 def _fit_for_zero(task: Task) -> None:

@@ -26,6 +26,11 @@ class ViewConfig(Kind):
     tower: str | None = None
     missing: Literal["some", "any", "none", "drop"] = "some"
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The alternatives in `field`, the preferred one first."""
+        return tuple(self.field.split(";"))
+
     def build(self, train: bool) -> Transform:
         """The transform; with `train`, augmentations draw from torch's global generator, which the stream seeds."""
         raise TypeError(f"{type(self).__name__} must define build")
