@@ -1,7 +1,12 @@
-"""What every objective must do, for every kind behind the door: a new file is covered as soon as it is there."""
+"""What every objective must do, for every kind behind the door: a new file is covered as soon as it is there.
+
+Its own tests, `test_KIND.py` beside this file, may name VARIANTS (more settings to try) and VIEWS (the numbers of views
+that it takes, where not any).
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -14,22 +19,15 @@ from mvpretrain.types import Embeddings, Losses
 from tests.objectives.towers import build, outcome, outcome_on, relative_errors
 from tests.tables import ROWS, draw, leaves, names, rows_of, table
 
-# Further settings of a kind to try beside its defaults, and the numbers of views that it takes where not any.
-VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "infonce": [{"in_view": True}, {"pairs": "view0", "temperature": {"init": 0.2, "per_pair": True}}],
-}
-VIEWS: dict[str, tuple[int, ...]] = {}
-ANY = (2, 3, 4, 5)
-
-CONFIGS = [{"kind": kind, **more} for kind in door.kinds() for more in ({}, *VARIANTS.get(kind, []))]
+OWN = {kind: import_module(f"tests.objectives.test_{kind}") for kind in door.kinds()}
+VIEWS: dict[str, tuple[int, ...]] = {kind: getattr(own, "VIEWS", (2, 3, 4, 5)) for kind, own in OWN.items()}
+CONFIGS = [{"kind": kind, **more} for kind, own in OWN.items() for more in ({}, *getattr(own, "VARIANTS", []))]
 config_of = pytest.mark.parametrize("config", CONFIGS, ids=str)
-config_and_k = pytest.mark.parametrize(
-    ("config", "k"), [(c, k) for c in CONFIGS for k in VIEWS.get(c["kind"], ANY)], ids=str
-)
+config_and_k = pytest.mark.parametrize(("config", "k"), [(c, k) for c in CONFIGS for k in VIEWS[c["kind"]]], ids=str)
 
 
 def some_k(config: dict[str, Any]) -> int:
-    return min(VIEWS.get(config["kind"], ANY), key=lambda k: abs(k - 3))
+    return min(VIEWS[config["kind"]], key=lambda k: abs(k - 3))
 
 
 def value(config: dict[str, Any], whole: Embeddings) -> Losses:

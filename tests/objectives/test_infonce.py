@@ -18,6 +18,7 @@ from mvpretrain.types import Embeddings, Losses
 from tests.objectives.towers import outcome, outcome_on, relative_errors
 from tests.tables import ROWS, SPLITS, leaves, names, part_of, rows_of, table
 
+VARIANTS = [{"in_view": True}, {"pairs": "view0", "temperature": {"init": 0.2, "per_pair": True}}]
 PAIRS = [("view2", "view0"), ("view1", "view2"), ("view3", "view1")]
 CASES: dict[str, dict[str, Any]] = {
     "default": {},
