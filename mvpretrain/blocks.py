@@ -6,11 +6,14 @@ import re
 from collections.abc import Iterable
 from functools import partial
 
+import torch
 from einops import rearrange, reduce
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
+
+from mvpretrain.types import View
 
 
 class Block(nn.Module):
@@ -41,6 +44,15 @@ class Block(nn.Module):
 def never_empty(mask: Bool[Tensor, "b n"] | None) -> Bool[Tensor, "b n"] | None:
     """The mask, with rows that have no data at all taken as full: a softmax or a mean over nothing is not a number."""
     return None if mask is None else mask | ~mask.any(dim=1, keepdim=True)
+
+
+def without_padding(view: View) -> View:
+    """A view of `b n` ids, cut after its longest row (to a multiple of 8, so that few lengths occur)."""
+    if view.mask is None or torch.compiler.is_compiling():  # a length that depends on the data would break the graph
+        return view
+    there = view.mask.any(dim=0).nonzero()
+    most = 8 * (int(there[-1]) // 8 + 1) if len(there) else 8
+    return View(view.data[:, :most], view.mask[:, :most])
 
 
 def masked_mean(x: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None) -> Float[Tensor, "b d"]:

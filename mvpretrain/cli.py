@@ -19,8 +19,10 @@ app.add_typer(shards, name="shards")
 app.add_typer(recipes, name="recipe")
 console = Console()
 
-USER, FAILED = 2, 3  # exit codes: a mistake in what was asked for; a run that cannot go on. 75: stopped, resumable
+# Exit codes: a mistake in what was asked for; a run that cannot go on; a GPU's memory ended. 75: stopped, resumable
+USER, FAILED, MEMORY = 2, 3, 4
 
+Memory = Annotated[str | None, typer.Option(help="what one rank may use, such as 40GiB")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value, any setting of the recipe")]
 
 
@@ -37,6 +39,11 @@ def main() -> None:
         leave(f"{where}; correct the path, or its permissions", USER)
     except FloatingPointError as error:
         leave(error, FAILED)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for every command
+            raise
+        told = str(error).partition(". ")[0].removeprefix("CUDA ")
+        leave(f"{told}; `mvpretrain train RECIPE --dry-run` says what takes it and which switch to turn", MEMORY)
 
 
 def leave(error: Exception | str, code: int) -> None:
@@ -57,7 +64,9 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="a recipe's YAML file, or the folder of a run")],
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option(help="go on from the run's last checkpoint")] = False,
-    dry_run: Annotated[bool, typer.Option(help="say what the run would be, then stop")] = False,
+    dry_run: Annotated[bool, typer.Option(help="say what the run would be and take in memory, then stop")] = False,
+    memory: Memory = None,
+    file: Annotated[Path | None, typer.Option("--json", help="a file for the dry run's memory figures")] = None,
 ) -> None:
     """Train: alone, or started by torchrun, accelerate launch or deepspeed."""
     from mvpretrain.recipe import load
@@ -65,11 +74,17 @@ def train(
     settings = load(recipe, overrides or ())
     if dry_run:
         from mvpretrain.loop import place_to_start
+        from mvpretrain.measure import size
         from mvpretrain.preview import preview
 
         say(settings.dump())
         place_to_start(settings, resume)
-        return preview(settings, console)
+        plan = preview(settings, console, size(memory) if memory else None)
+        if file:
+            file.write_text(json.dumps({**plan._asdict(), "peak": plan.peak}, indent=1) + "\n")
+        return None
+    if memory or file:
+        raise ValueError("--memory and --json are about --dry-run; add that, or leave them out")
     from mvpretrain.engine import finish
     from mvpretrain.loop import PREEMPTED, Preempted, train
 
@@ -81,6 +96,37 @@ def train(
         return finish(PREEMPTED)
     if os.environ.get("RANK", "0") == "0":
         say(f"done: {run}")
+    return finish(0)
+
+
+@app.command()
+def bench(
+    recipe: Annotated[Path, typer.Argument(help="a recipe's YAML file, or the folder of a run")],
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(help="steps that are timed")] = 20,
+    warmup: Annotated[int, typer.Option(help="steps before them")] = 3,
+    profile: Annotated[Path | None, typer.Option(help="folder for a profiler's trace of some more steps")] = None,
+    file: Annotated[Path | None, typer.Option("--json", help="a file for the figures")] = None,
+    find_micro_batch: Annotated[bool, typer.Option(help="the largest engine.micro_batch that fits, by trial")] = False,
+    memory: Memory = None,
+) -> None:
+    """Where the time and memory of a recipe's real steps go; under any launcher, as for `train`."""
+    from mvpretrain import bench as benchmark
+    from mvpretrain.engine import finish
+    from mvpretrain.measure import size
+    from mvpretrain.recipe import load
+
+    settings = load(recipe, overrides or ())
+    if find_micro_batch:
+        benchmark.find_micro_batch(settings, size(memory) if memory else None, console)
+        return None
+    if memory:
+        raise ValueError(f"--memory {memory} is the limit for --find-micro-batch; add that, or leave it out")
+    found = benchmark.bench(settings, steps, warmup, profile)
+    if found:
+        benchmark.report(found, console)
+        if file:
+            benchmark.write(found, file)
     return finish(0)
 
 

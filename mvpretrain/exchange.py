@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -28,8 +29,19 @@ class Exchange(Protocol):
         """The sum over ranks of a tensor of one shape; backward sums as well."""
         ...
 
+    def maximum(self, x: Tensor) -> Tensor:
+        """The elementwise maximum over ranks of a tensor of one shape; no gradient."""
+        ...
+
     def largest(self, count: int) -> int:
         """The largest of the ranks' integers."""
+        ...
+
+    def swap(self, x: Tensor, to: int, source: int) -> Callable[[], Tensor]:
+        """Send x to a rank and take what another sends, of the same shape; call the result to wait for it.
+
+        The messages are under way while the caller works on, and x must not change meanwhile. No gradient.
+        """
         ...
 
 
@@ -44,8 +56,14 @@ class Alone:
     def sum(self, x: Tensor) -> Tensor:
         return x
 
+    def maximum(self, x: Tensor) -> Tensor:
+        return x
+
     def largest(self, count: int) -> int:
         return count
+
+    def swap(self, x: Tensor, to: int, source: int) -> Callable[[], Tensor]:
+        return lambda: x
 
 
 class Ranks:
@@ -62,10 +80,24 @@ class Ranks:
     def sum(self, x: Tensor) -> Tensor:
         return _Sum.apply(x)  # type: ignore[return-value]
 
+    def maximum(self, x: Tensor) -> Tensor:
+        top = x.detach().clone()
+        dist.all_reduce(top, op=dist.ReduceOp.MAX)
+        return top
+
     def largest(self, count: int) -> int:
-        box = torch.tensor(count, device=self.device)
-        dist.all_reduce(box, op=dist.ReduceOp.MAX)
-        return int(box)
+        return int(self.maximum(torch.tensor(count, device=self.device)))
+
+    def swap(self, x: Tensor, to: int, source: int) -> Callable[[], Tensor]:
+        x, came = x.detach().contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        sent = dist.batch_isend_irecv([dist.P2POp(dist.isend, x, to), dist.P2POp(dist.irecv, came, source)])
+
+        def wait() -> Tensor:
+            for message in sent:
+                message.wait()
+            return came
+
+        return wait
 
 
 class _Gather(torch.autograd.Function):
@@ -98,27 +130,32 @@ class _Sum(torch.autograd.Function):
         return total
 
 
-def share(local: Embeddings, exchange: Exchange) -> tuple[Embeddings, Embeddings]:
+def share(
+    local: Embeddings, exchange: Exchange, gathers: Callable[[int, int], bool] | None = None
+) -> tuple[Embeddings, Embeddings]:
     """(this rank's table, everyone's) by one gather of one packed tensor.
 
     Ranks may bring unequal numbers of rows: short tables are padded with rows that are absent in every view, so that
     both tables tell the number of parts by their lengths. Integers travel as bit patterns in columns of z's type.
+    Where `gathers(rows a rank, dim)` is False, everyone's table comes without z.
     """
     if exchange.size == 1:
         return local, local
     local = padded(local, exchange.largest(len(local.ids)))
-    names, kind = list(local.z), next(iter(local.z.values())).dtype
+    z = next(iter(local.z.values()))
+    kind, views = z.dtype, list(local.z)
+    names = views if gathers is None or gathers(*z.shape) else []
     columns = [local.z[v] for v in names]
-    columns += [local.present[v].to(kind).unsqueeze(1) for v in names]
+    columns += [local.present[v].to(kind).unsqueeze(1) for v in views]
     columns += [local.ids.unsqueeze(1).view(kind), local.labels.unsqueeze(1).view(kind)]
     widths = [c.shape[1] for c in columns]
     every = exchange.gather(torch.cat(columns, dim=1)).split(widths, dim=1)
     k = len(names)
     return local, Embeddings(
         z=dict(zip(names, every[:k])),
-        present={v: every[k + i].squeeze(1) > 0.5 for i, v in enumerate(names)},
-        ids=every[2 * k].detach().contiguous().view(torch.int64).squeeze(1),
-        labels=every[2 * k + 1].detach().contiguous().view(torch.int64).squeeze(1),
+        present={v: every[k + i].squeeze(1) > 0.5 for i, v in enumerate(views)},
+        ids=every[-2].detach().contiguous().view(torch.int64).squeeze(1),
+        labels=every[-1].detach().contiguous().view(torch.int64).squeeze(1),
     )
 
 

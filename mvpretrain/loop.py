@@ -23,6 +23,7 @@ from mvpretrain.exchange import Exchange
 from mvpretrain.logbook import Logbook
 from mvpretrain.recipe import Recipe
 from mvpretrain.shards.stream import BadSamples, Stream
+from mvpretrain.stopwatch import Stopwatch
 from mvpretrain.task import Task
 
 PREEMPTED = 75  # exit code of a run that was told to stop and saved: start it again with --resume
@@ -133,17 +134,17 @@ class _Loop:
         self.steps, self.run, self.log = steps, run, log
 
     def go(self, place: Place) -> None:
-        recipe, world = self.recipe, self.engine.world
+        recipe = self.recipe
         bad = BadSamples(recipe.loader.max_bad_share, recipe.loader.max_bad_in_row)
-        clock, lost = Clock(recipe.batch), 0
+        watch, lost = self.engine.task.stopwatch, 0
+        clock = Clock(recipe.batch, watch)
         with stop_signals() as told:
             batches = self.stream.batches(place.cursor)
             while place.step < self.steps:
-                batch, cursor, skipped = next(batches)
-                clock.data_came()
+                with watch("data"):
+                    batch, cursor, skipped = next(batches)
                 optim.set_rate(self.engine.optimizer, recipe.schedule.factor(place.step, self.steps))
-                done = self.engine.step(batch.to(world.device), [len(told), skipped.total()])
-                clock.stepped()
+                done = self.engine.step(batch, [len(told), skipped.total()])
                 stop, missed = done.sums
                 reasons = skipped + Counter({"on other ranks": round(missed) - skipped.total()})
                 bad.add(reasons, recipe.batch)
@@ -213,27 +214,17 @@ class _Loop:
 
 
 class Clock:
-    """Samples per second and the share of time spent waiting for data, since last asked."""
+    """Samples per second, the share of time spent waiting for data, and milliseconds a step by phase."""
 
-    def __init__(self, batch: int):
-        self.batch = batch
-        self.begin = self.mark = time.perf_counter()
-        self.waiting, self.steps = 0.0, 0
-
-    def data_came(self) -> None:
-        self.waiting += time.perf_counter() - self.mark
-
-    def stepped(self) -> None:
-        self.mark = time.perf_counter()
-        self.steps += 1
+    def __init__(self, batch: int, watch: Stopwatch):
+        self.batch, self.watch, self.begin = batch, watch, time.perf_counter()
 
     def figures(self) -> dict[str, float]:
-        now = time.perf_counter()
-        took = now - self.begin
-        found = {"samples/s": self.steps * self.batch / took, "data_wait": self.waiting / took}
-        self.begin = self.mark = now
-        self.waiting, self.steps = 0.0, 0
-        return found
+        """Since last asked."""
+        steps, phases, now = self.watch.count, self.watch.figures(), time.perf_counter()
+        took, self.begin = now - self.begin, now
+        times = {f"time/{phase}": value for phase, value in phases.items()}
+        return {"samples/s": steps * self.batch / took, "data_wait": steps * phases["data"] / 1000 / took, **times}
 
 
 def mean(parts: Mapping[str, torch.Tensor], exchange: Exchange) -> dict[str, float]:

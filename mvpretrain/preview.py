@@ -2,41 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 from rich.console import Console
 from rich.table import Table
 
-from mvpretrain import feed, optim
+from mvpretrain import feed, measure, optim, planner
 from mvpretrain.engine import settle
 from mvpretrain.exchange import Alone
+from mvpretrain.measure import human
+from mvpretrain.planner import Model, Plan, Setting
 from mvpretrain.recipe import Recipe
 from mvpretrain.task import Task
+from mvpretrain.types import Batch
 
 
-def preview(recipe: Recipe, console: Console) -> None:
-    """Towers and their parameters, steps, memory of the objective, and the first decoded batch through the towers.
+def preview(recipe: Recipe, console: Console, memory: int | None = None) -> Plan:
+    """Towers and their parameters, steps, the first decoded batch through the towers, and a rank's memory.
 
-    ValueError: whatever would stop the run itself before its first step.
+    `memory` is what one rank may use, in bytes; by default its GPU, or its share of what this machine has left. Where
+    the predicted peak is more, the switches that make it less are named. ValueError: whatever would stop the run
+    itself before its first step.
     """
     kind, precision, device, _, started = settle(recipe.engine.model_copy(update={"ranks": None}))
     ranks = recipe.engine.ranks or started
     stream = feed.stream(recipe, "train", 0, ranks)
     assert stream is not None
+    process = measure.resident()
     task = recipe.task(Alone())
     optim.build(task, recipe.towers, recipe.optimizer)
     console.print(towers(recipe, task))
     steps, samples = recipe.total_steps(feed.samples(stream)), feed.samples(stream)
     held_out = sum(int(source.counts.sum()) for source in feed.sources(recipe, "eval"))
     rows = recipe.batch // ranks
-    memory = recipe.objective.memory(len(recipe.views), rows, recipe.batch, recipe.dim)
     console.print(
         f"steps: {steps} of {recipe.batch} samples, {steps * recipe.batch / samples:.1f} epochs of {samples}, "
         f"{held_out} held out\n"
         f"engine: {kind} on {ranks} rank(s), {device.type}, {precision}; {rows} samples a rank\n"
-        f"objective: {recipe.objective.kind}, {memory / 2**20:.1f} MiB a rank"
+        f"objective: {recipe.objective.kind}"
     )
     for damage in feed.damages(stream):
         console.print(damage, markup=False, highlight=False, soft_wrap=True)
-    console.print(first_batch(stream, task))
+    batch, _, skipped = next(iter(stream.batches(stream.start())))
+    console.print(first_batch(batch, skipped, task))
+    model = planner.study(recipe, task, batch, device, precision, process)
+    del task
+    config = recipe.engine
+    setting = Setting(kind, ranks, device, precision, recipe.batch, config.micro_batch, config.offload)
+    found = planner.plan(model, setting)
+    for line in (memory_table(found), *notes(found)):
+        console.print(line)
+    room = memory or measure.room(device, ranks)
+    console.print(verdict(found, room), markup=False, highlight=False, soft_wrap=True)
+    if found.peak > room:
+        console.print(remedies(model, batch, setting, room))
+    return found
 
 
 def towers(recipe: Recipe, task: Task) -> Table:
@@ -49,9 +69,8 @@ def towers(recipe: Recipe, task: Task) -> Table:
     return table
 
 
-def first_batch(stream: feed.Stream, task: Task) -> Table:
+def first_batch(batch: Batch, skipped: Mapping[str, int], task: Task) -> Table:
     """The shapes of the first batch, which has also gone through the towers."""
-    batch, _, skipped = next(iter(stream.batches(stream.start())))
     embeddings = task.eval().encode(batch)
     table = Table("view", "data", "type", "mask", "present", "embedding", title="first batch of rank 0")
     for name, view in batch.views.items():
@@ -61,4 +80,38 @@ def first_batch(stream: feed.Stream, task: Task) -> Table:
         table.add_row(name, shape, str(view.data.dtype).removeprefix("torch."), mask, present, out)
     if skipped:
         table.caption = "not usable: " + ", ".join(f"{reason} ({count})" for reason, count in skipped.items())
+    return table
+
+
+def memory_table(plan: Plan) -> Table:
+    """Items by moments of a step."""
+    table = Table("memory of a rank", title="predicted memory of a rank by moments of a step")
+    for name in plan.moments:
+        table.add_column(name, justify="right")
+    for item in dict.fromkeys(item for items in plan.moments.values() for item in items):
+        bytes_ = [items.get(item, 0) for items in plan.moments.values()]
+        if any(bytes_):
+            table.add_row(item, *(human(count) if count else "" for count in bytes_))
+    table.add_section()
+    table.add_row("all", *(human(total) for total in plan.totals.values()))
+    return table
+
+
+def notes(plan: Plan) -> Iterator[str]:
+    for item, count in plan.beside.items():
+        if count:
+            yield f"beside, in the machine's memory: {item}: {human(count)} a rank"
+
+
+def verdict(plan: Plan, room: int) -> str:
+    moment = max(plan.totals, key=lambda name: plan.totals[name])
+    fits = "it fits into" if plan.peak <= room else "it does not fit into"
+    return f"predicted peak: {human(plan.peak)} a rank, at the moment '{moment}'; {fits} {human(room)}"
+
+
+def remedies(model: Model, batch: Batch, setting: Setting, room: int) -> Table:
+    """The switches that take less memory, in order of cost."""
+    table = Table("switch", "predicted peak", "", title=f"to fit into {human(room)} a rank, the cheapest first")
+    for name, peak in planner.switches(model, setting, room, planner.checkpointed(model, batch, setting)):
+        table.add_row(name, human(peak), "fits" if peak <= room else "too large")
     return table

@@ -30,6 +30,13 @@ class EngineConfig(Config):
     `kind`: `none` (one process), `ddp`, `zero0` to `zero3` (DeepSpeed), or `auto`: `none` for one process, else `ddp`.
     `precision`: `auto` is bf16 on GPUs and fp32 on CPUs. `ranks`: the number of processes that must be there; a
     launcher that silently starts fewer is then refused. `clip`: the largest gradient norm, null for none.
+
+    `micro_batch`: so many of a rank's rows are encoded at a time, whatever the batch (GradCache, Gao et al. 2021), at
+    the price of encoding all of them twice; null: all at once. Batch statistics are then those of a micro-batch.
+    `first_pass: bf16` encodes them the first time, for the embeddings alone, in lower precision.
+
+    `compile` runs the towers through torch.compile (a C++ compiler is needed on CPUs). `channels_last` lays out
+    convolutions' weights so that images are worked on pixel by pixel; DeepSpeed cannot hold such weights.
     """
 
     kind: Literal["auto", "none", "ddp", "zero0", "zero1", "zero2", "zero3"] = "auto"
@@ -37,9 +44,22 @@ class EngineConfig(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     ranks: int | None = Field(default=None, ge=1)
     clip: float | None = Field(default=1.0, gt=0)
+    micro_batch: int | None = Field(default=None, ge=1)
+    first_pass: Literal["same", "bf16"] = "same"
+    compile: bool = False
+    channels_last: bool = False
     offload: bool = False
     threads: int | None = Field(default=None, ge=1)
     options: dict[str, Any] = {}  # merged into DeepSpeed's own configuration
+
+    @model_validator(mode="after")
+    def _cross_check(self) -> EngineConfig:
+        if self.first_pass != "same" and self.micro_batch is None:
+            raise ValueError(
+                f"first_pass={self.first_pass} is about the first of two passes, and without micro_batch there is one; "
+                "set micro_batch=ROWS, or first_pass=same"
+            )
+        return self
 
 
 class LogConfig(Config):
@@ -207,13 +227,17 @@ def _position(key: str, items: list[Any], text: str) -> int:
 def schema() -> dict[str, Any]:
     """JSON schema of a recipe, every view, encoder and objective kind included."""
     # pydantic follows references while it writes a schema, so that those to the doors are put in afterwards.
-    text = json.dumps(Recipe.model_json_schema())
-    whole = json.loads(re.sub(r'"door": "(\w+)"', r'"$ref": "#/$defs/\1"', text))
+    whole = _through_doors(json.dumps(Recipe.model_json_schema()))
     definitions = whole.setdefault("$defs", {})
     for name, door in (("view", views.door), ("encoder", encoders.door), ("objective", objectives.door)):
         for kind in door.kinds():
             # Kinds reuse names such as Augment; a place of its own keeps each one's definitions apart.
             one = json.dumps(door.config(kind).model_json_schema())
-            definitions[f"{name}-{kind}"] = json.loads(one.replace("#/$defs/", f"#/$defs/{name}-{kind}/$defs/"))
+            definitions[f"{name}-{kind}"] = _through_doors(one.replace("#/$defs/", f"#/$defs/{name}-{kind}/$defs/"))
         definitions[name] = {"anyOf": [{"$ref": f"#/$defs/{name}-{kind}"} for kind in door.kinds()]}
     return whole
+
+
+def _through_doors(text: str) -> dict[str, Any]:
+    """A schema as JSON text, what comes through a door being any of its kinds."""
+    return json.loads(re.sub(r'"door": "(\w+)"', r'"$ref": "#/$defs/\1"', text))

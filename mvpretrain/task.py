@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, NamedTuple, cast
 
 import torch
 from pydantic import BeforeValidator, Field, SerializeAsAny, WithJsonSchema
@@ -17,6 +17,7 @@ from mvpretrain.config import Config
 from mvpretrain.encoders import EncoderConfig
 from mvpretrain.exchange import Exchange, share
 from mvpretrain.numerics import geometry
+from mvpretrain.stopwatch import Stopwatch
 from mvpretrain.types import Batch, Embeddings, Encoder, Losses, Objective, View
 
 HEALTH_ROWS = 256  # rows that the per-step health figures look at: enough for two digits, nothing in time
@@ -35,6 +36,7 @@ class TowerConfig(Config):
 
     `freeze` stops the encoder's training, but for its last `train_blocks` blocks; the head always trains. `lr` and
     `weight_decay` are this tower's own. `weights` starts the tower from a safetensors file of an exported view.
+    `length_groups` sorts texts by length into so many groups, each encoded without the padding after its longest.
     """
 
     encoder: Annotated[
@@ -46,6 +48,7 @@ class TowerConfig(Config):
     lr: float | None = Field(default=None, gt=0)
     weight_decay: float | None = Field(default=None, ge=0)
     checkpoint_activations: bool = False
+    length_groups: int = Field(default=1, ge=1)
     weights: str | None = None
 
 
@@ -71,6 +74,8 @@ class Tower(nn.Module):
             switch()
 
     def forward(self, view: View) -> Tensor:
+        if self.config.length_groups > 1:
+            return self.head(by_length(self.encoder, view, self.config.length_groups))
         return self.head(self.encoder(view))
 
     def train(self, mode: bool = True) -> Tower:
@@ -79,6 +84,28 @@ class Tower(nn.Module):
         if self.config.freeze and not self.config.train_blocks:
             self.encoder.train(False)
         return self
+
+
+def by_length(encoder: nn.Module, view: View, groups: int) -> Tensor:
+    """The encoder's vectors, computed in groups of rows of like length, each cut after its longest: `b dim`.
+
+    Every rank makes `groups` calls, whatever its rows: engines that gather weights by module would deadlock otherwise.
+    ValueError: a view without lengths.
+    """
+    if view.mask is None or view.data.shape[:2] != view.mask.shape:
+        raise ValueError(
+            f"length_groups={groups} is for views whose first axis is their length, such as text; this one is "
+            f"{'x'.join(map(str, view.data.shape[1:]))} a sample; set length_groups=1 for its tower"
+        )
+    places = torch.arange(1, view.mask.shape[1] + 1, device=view.mask.device)
+    lengths = (view.mask * places).amax(dim=1).clamp_min(1)
+    order = lengths.argsort()
+    found = []
+    for rows in order.tensor_split(groups):
+        taken = rows if len(rows) else order[:1]
+        longest = int(lengths[taken].max())
+        found.append(encoder(View(view.data[taken, :longest], view.mask[taken, :longest]))[: len(rows)])
+    return torch.cat(found)[order.argsort()]
 
 
 def adopt(tower: Tower, path: str) -> None:
@@ -121,6 +148,13 @@ def freeze(encoder: nn.Module, train_blocks: int) -> None:
             block.requires_grad_(True)
 
 
+class Pull(NamedTuple):
+    """What the objective asks of some rows: the gradient of its loss in their z, and in its own parameters."""
+
+    z: dict[str, Tensor]  # b d
+    parameters: list[Tensor]  # in the order of `Task.objective_parameters`, or empty
+
+
 class Task(nn.Module):
     """k views in, losses out: encode, gather once, objective.
 
@@ -142,6 +176,7 @@ class Task(nn.Module):
         self.towers = nn.ModuleDict({name: Tower(config, dim) for name, config in towers.items()})
         self.objective = objective
         self.exchange = exchange
+        self.stopwatch = Stopwatch()
 
     def encode(self, batch: Batch) -> Embeddings:
         """Unit rows per view, float32 (float64 stays)."""
@@ -164,12 +199,32 @@ class Task(nn.Module):
             out.update(zip(names, result.chunk(len(names))))
         return {v: out[v] for v in self.views}
 
-    def forward(self, batch: Batch) -> Losses:
-        local = self.encode(batch)
-        with torch.autocast(batch.ids.device.type, enabled=False):
-            mine, every = share(local, self.exchange)
-            losses = self.objective(mine, every)
+    def forward(self, batch: Batch, pull: Pull | None = None) -> Losses | Tensor:
+        """The losses; with `pull`, a scalar whose gradient in the parameters is what these rows add to the loss's."""
+        with self.stopwatch("encode"):
+            local = self.encode(batch)
+        return self.score(local) if pull is None else self.pulled(local, pull)
+
+    def score(self, local: Embeddings) -> Losses:
+        """The losses of a table of this rank's rows: gather once, objective."""
+        with torch.autocast(local.ids.device.type, enabled=False):
+            with self.stopwatch("gather"):
+                mine, every = share(local, self.exchange, getattr(self.objective, "gathers", None))
+            with self.stopwatch("objective"):
+                losses = self.objective(mine, every)
             return Losses(losses.total, {**losses.parts, **health(local)})
+
+    def pulled(self, local: Embeddings, pull: Pull) -> Tensor:
+        """sum <z, dL/dz>, and the same of the objective's parameters."""
+        own = zip(self.objective_parameters(), pull.parameters, strict=True) if pull.parameters else ()
+        pairs = [*((z, pull.z[v]) for v, z in local.z.items()), *own]
+        total = sum((x * gradient).sum() for x, gradient in pairs)
+        assert isinstance(total, Tensor)
+        return total
+
+    def objective_parameters(self) -> list[nn.Parameter]:
+        """Those that the objective itself trains."""
+        return [p for name, p in self.named_parameters() if name.startswith("objective.") and p.requires_grad]
 
 
 def joined(views: Sequence[View]) -> View:

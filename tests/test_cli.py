@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from mvpretrain import cli, engine, loop
 
@@ -220,6 +221,41 @@ def test_a_run_its_export_and_what_they_refuse(program: Program) -> None:
     refused(program, "evaluate", "run", words=["'run' is no export", "mvpretrain export"])
     refused(program, "embed", "out", "nothing.tar", "vectors", words=["nothing at 'nothing.tar'"])
     assert program("evaluate", "out").code == 0 and Path("out/report/report.json").is_file()
+
+
+def test_dry_run_says_what_it_takes(program: Program) -> None:
+    ended = program("train", "r.yaml", "--dry-run", "--memory", "3GiB", "--json", "plan.json")
+    assert ended.code == 0 and "predicted peak: " in ended.out and "3,072.0 MiB" in ended.out
+    plan = json.loads(Path("plan.json").read_text())
+    assert plan["peak"] == max(sum(items.values()) for items in plan["moments"].values())
+    assert not Path("run").exists()
+    refused(program, "train", "r.yaml", "--dry-run", "--memory", "3 apples", words=["'3 apples'", "write it as 40GiB"])
+    refused(program, "train", "r.yaml", "--memory", "3GiB", words=["--memory", "--dry-run"])
+    refused(program, "train", "r.yaml", "--json", "plan.json", words=["--json", "--dry-run"])
+
+
+def test_bench(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mvpretrain.measure.SIDE", {"cpu": 64})
+    ended = program("bench", "r.yaml", "--steps", "2", "--warmup", "1", "--json", "bench.json", "--profile", "traces")
+    assert (ended.code, ended.err) == (0, "") and "samples/s: " in ended.out
+    assert json.loads(Path("bench.json").read_text())["ranks"] == 1 and Path("traces/rank-0.json").is_file()
+    assert not Path("run").exists()
+    refused(program, "bench", "r.yaml", "--steps", "0", words=["--steps 0", "at least 1 step"])
+    refused(program, "bench", "r.yaml", "stepz=0", words=["unknown key 'stepz'"])
+    refused(program, "bench", "r.yaml", "--memory", "3GiB", words=["--memory 3GiB", "--find-micro-batch"])
+    words = ["'lots'", "write it as 40GiB"]
+    refused(program, "bench", "r.yaml", "--find-micro-batch", "--memory", "lots", words=words)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(program, "bench", "r.yaml", "--find-micro-batch", words=["starts its ranks itself", "engine.ranks=N"])
+
+
+def test_a_gpu_whose_memory_ended(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(loop, "train", train)
+    words = ["out of memory; `mvpretrain train RECIPE --dry-run` says"]
+    refused(program, "train", "r.yaml", words=words, code=4)
 
 
 def test_shards_from_files_to_a_page(program: Program) -> None:

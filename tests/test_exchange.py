@@ -36,6 +36,19 @@ def sum_on(rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return total.detach(), x.grad
 
 
+def swaps_on(rank: int) -> tuple[Tensor, list[float], int]:
+    """The maximum, what came from each rank by shifts with two messages under way, and one table without z."""
+    exchange = Ranks()
+    top = exchange.maximum(draw(rank, 3))
+    coming = []
+    for shift in range(exchange.size):
+        to, source = (rank + shift) % exchange.size, (rank - shift) % exchange.size
+        coming.append(exchange.swap(torch.tensor([10.0 * rank + to]), to, source) if shift else lambda: torch.zeros(1))
+    whole = table(torch.float32)
+    _, every = share(part_of(whole, rank, exchange.size), exchange, gathers=lambda rows, dim: (rows, dim) != (7, 4))
+    return top, [float(c()) for c in coming], len(every.z) + 10 * int(every.present["a"].sum())
+
+
 def largest_on(rank: int) -> tuple[int, int, int]:
     exchange = Ranks()
     return exchange.rank, exchange.size, exchange.largest([7, -2, 2**40, 5][rank])
@@ -64,6 +77,14 @@ def test_sum_sums_and_so_does_its_backward(ranks, size, dtype):
     for (value, gradient), part in zip(found, parts):
         torch.testing.assert_close(value, total.detach())
         torch.testing.assert_close(gradient, part.grad)
+
+
+def test_maximum_and_swaps(ranks):
+    wanted = torch.stack([draw(r, 3) for r in range(4)]).amax(0)
+    for rank, (top, came, table) in enumerate(ranks(4).run(swaps_on)):
+        assert torch.equal(top, wanted)
+        assert came[1:] == [10.0 * ((rank - shift) % 4) + rank for shift in (1, 2, 3)]
+        assert table == 90  # 9 of 12 rows have the view, and no z came
 
 
 def test_largest(ranks):

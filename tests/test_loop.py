@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mvpretrain.stopwatch import PHASES
+
 RECIPE = """
 run: {run}
 data: {{kind: synthetic, samples: 200, eval_samples: 40, latent: 4, missing: 0.1}}
@@ -84,6 +86,17 @@ def losses(folder: Path) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in records if "loss" in r}
 
 
+def assert_timed(folder: Path) -> None:
+    """Every step's line has its breakdown, which is no more than the step."""
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if "loss" in record:
+            phases = {name: record[f"time/{name}"] for name in PHASES}
+            whole = 1000 * 24 / record["samples/s"]
+            assert all(value > 0 for value in phases.values()) and sum(phases.values()) < whole, record
+            assert record["data_wait"] == pytest.approx(phases["data"] / whole)
+
+
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(folder / "checkpoints" / f"step-{step:08d}" / "weights.safetensors")
 
@@ -96,18 +109,20 @@ def assert_equal_runs(one: Path, other: Path, step: int) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("none", 1), ("zero2", 2)])
-def test_killed_run_resumes_bit_for_bit(tmp_path, kind, ranks):
+@pytest.mark.parametrize(("kind", "ranks", "micro_batch"), [("none", 1, "7"), ("zero2", 2, "null")])
+def test_killed_run_resumes_bit_for_bit(tmp_path, kind, ranks, micro_batch):
+    settings = (f"engine.kind={kind}", f"engine.micro_batch={micro_batch}")
     whole, broken = recipe(tmp_path, "whole"), recipe(tmp_path, "broken")
-    done = run(ranks, whole, f"engine.kind={kind}")
+    done = run(ranks, whole, *settings)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(losses(tmp_path / "whole")) == 13
     # 200 samples in batches of 24: step 8 is in mid-epoch and across a checkpoint at 6 that the log has outrun.
-    interrupted(tmp_path / "broken" / "log.jsonl", 8, signal.SIGKILL, ranks, broken, f"engine.kind={kind}")
+    interrupted(tmp_path / "broken" / "log.jsonl", 8, signal.SIGKILL, ranks, broken, *settings)
     assert not (tmp_path / "broken" / "checkpoints" / "step-00000013").exists()
     again = run(ranks, tmp_path / "broken", "--resume")
     assert again.returncode == 0, again.stderr[-3000:]
     assert_equal_runs(tmp_path / "whole", tmp_path / "broken", 13)
+    assert_timed(tmp_path / "whole")
 
 
 def test_told_to_stop_it_saves_exits_75_and_goes_on_with_other_ranks(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from mvpretrain import recipe
+from mvpretrain.planner import Plan
 from mvpretrain.preview import preview
 from tests import test_data_faults as shards
 
@@ -34,12 +35,16 @@ VALUE: dict[str, Any] = {
 }
 
 
-def said(value: dict[str, Any]) -> str:
-    """The preview's text, every run of spaces and table lines made one space."""
+def shown(value: dict[str, Any], memory: int | None = None) -> tuple[str, Plan]:
+    """The preview's text, every run of spaces and table lines made one space, and its plan."""
     console = Console(file=io.StringIO(), width=200)
-    preview(recipe.parse(value), console)
+    plan = preview(recipe.parse(value), console, memory)
     assert isinstance(console.file, io.StringIO)
-    return " ".join(console.file.getvalue().replace("│", " ").split())
+    return " ".join(console.file.getvalue().replace("│", " ").split()), plan
+
+
+def said(value: dict[str, Any]) -> str:
+    return shown(value)[0]
 
 
 @pytest.fixture(autouse=True)
@@ -59,8 +64,7 @@ def test_towers_steps_memory_and_shapes(tmp_path: Path) -> None:
     assert f"both mlp a, b {counts[0]} 48 c transformer c {counts[1]:,} {counts[1]:,}" in text
     assert "steps: 15 of 20 samples, 3.0 epochs of 100, 30 held out" in text
     assert "engine: none on 1 rank(s), cpu, fp32; 20 samples a rank" in text
-    memory = whole.objective.memory(3, 20, 20, 6) / 2**20
-    assert f"objective: infonce, {memory:.1f} MiB a rank" in text
+    assert "objective: infonce" in text
     assert "a 20x4 float32 none 20 of 20 20x6" in text
     assert "c 20x12 int64" in text and "of 20 20x6" in text
     assert not list(tmp_path.iterdir())
@@ -83,3 +87,26 @@ def test_bad_samples_and_damaged_tars_are_named(tmp_path: Path) -> None:
     assert f"{cut}: the end-of-archive mark is missing" in text
     assert "not usable: image: " in text and "(8)" in text
     assert "vector 8x4 float32 none 0 of 8 8x4" in text
+
+
+def test_memory_by_moments_and_whether_it_fits() -> None:
+    text, plan = shown(VALUE, 8 * 2**30)
+    for item in ("process", "weights", "optimizer state", "activations", "gradients", "objective", "batch"):
+        assert item in text, item
+    assert "┃ encode ┃ objective ┃ backward ┃ optimizer ┃" in text
+    moment = max(plan.totals, key=lambda name: plan.totals[name])
+    peak = f"predicted peak: {plan.peak / 2**20:,.1f} MiB a rank, at the moment '{moment}'"
+    assert f"{peak}; it fits into 8,192.0 MiB" in text and "switch" not in text
+    assert "loader" not in text  # no workers, nothing ahead
+    ahead = said({**VALUE, "loader": {"workers": 1, "prefetch": 4}})
+    assert "beside, in the machine's memory: loader's batches, by all its workers" in ahead
+    assert "it fits into" in ahead  # the machine's own memory
+
+
+def test_what_to_turn_where_it_does_not_fit() -> None:
+    text, _ = shown({**VALUE, "engine": {"device": "cpu", "ranks": 2, "kind": "ddp"}}, 2**20)
+    assert "it does not fit into 1.0 MiB" in text
+    order = ["engine.micro_batch=1", "checkpoint_activations=true in towers both, c", "engine.kind=zero1"]
+    order += ["engine.kind=zero2", "engine.kind=zero3", "engine.kind=zero3 checkpoint_activations=true"]
+    places = [text.index(f" {setting} ") for setting in order]
+    assert places == sorted(places) and text.count("too large") == 6

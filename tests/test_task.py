@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mvpretrain.exchange import Alone
-from mvpretrain.task import HeadConfig, Task, TowerConfig, head
+from mvpretrain.task import HeadConfig, Pull, Task, TowerConfig, head
 from mvpretrain.types import Batch, Losses, View
 from tests.engine.small import DIM, ROWS, WIDTH, batch_of, task_of, tower
 
@@ -105,6 +105,26 @@ def test_absent_rows_change_neither_loss_nor_gradient():
     other.views["v2"].data[~other.present["v2"]] = 1e3
     for one, two in zip(gradients(batch), gradients(other)):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
+
+
+def test_a_pull_sends_a_gradient_on_through_the_towers():
+    """Encoded in two halves, with the loss's gradient in the embeddings, the sum is the loss's gradient in all."""
+    task, batch = task_of(3, torch.float64, Alone()), batch_of(3, torch.float64)
+    wanted = torch.autograd.grad(task(batch).total, list(task.parameters()))
+    table = task.encode(batch)
+    leaves = {v: z.detach().requires_grad_() for v, z in table.z.items()}
+    own = task.objective_parameters()
+    assert [name for name, p in task.named_parameters() if any(p is q for q in own)] == ["objective.log_temperature"]
+    given = torch.autograd.grad(task.score(table._replace(z=leaves)).total, [*leaves.values(), *own])
+    found = [torch.zeros_like(p) for p in task.parameters()]
+    for begin, end in ((0, 5), (5, ROWS)):
+        rows = slice(begin, end)
+        part = batch._replace(views={v: View(x.data[rows]) for v, x in batch.views.items()})
+        pull = Pull({v: g[rows] for v, g in zip(leaves, given)}, list(given[3:]) if begin else [])
+        one = torch.autograd.grad(task(part, pull), list(task.parameters()), materialize_grads=True, allow_unused=True)
+        found = [f + g for f, g in zip(found, one)]
+    for f, w in zip(found, wanted):
+        torch.testing.assert_close(f, w, rtol=0, atol=1e-14)
 
 
 def test_health_tells_collapse_from_spread():

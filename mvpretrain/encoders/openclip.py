@@ -52,8 +52,9 @@ class OpenCLIPConfig(EncoderConfig):
 class OpenCLIP(nn.Module):
     """`encode_image` or `encode_text` of an open_clip model, not normalised: `b 3 h w` or `b n` ids to `b embed_dim`.
 
-    Text must be of the tower's context length, in the model's own ids (view tokenizer `openclip:NAME`); its mask is not
-    used, as these models were trained without. `tower` has the parameters that open_clip.CustomTextCLIP has under
+    Text must be of the tower's context length, in the model's own ids (view tokenizer `openclip:NAME`). Its mask hides
+    nothing, as these models were trained without, but where no token sees later ones the padding after the longest
+    text is not computed, and shorter rows are taken. `tower` has the parameters that open_clip.CustomTextCLIP has under
     `visual` or `text`. ValueError: unknown model, a file that does not fit, other channels, size or length.
     """
 
@@ -83,6 +84,8 @@ class OpenCLIP(nn.Module):
 
     def forward(self, view: View) -> Float[Tensor, "b d"]:
         if self.modality == "text":
+            if view.data.ndim == 2 and view.data.shape[1] <= self.tower.context_length and self._looks_back():
+                return self._cut(blocks.without_padding(view).data)
             remedy = f"give the view tokenizer openclip:{self.name} and this length"
             check_items(view.data, (self.tower.context_length,), "openclip text", remedy)
             return self.tower(view.data).float()
@@ -90,6 +93,22 @@ class OpenCLIP(nn.Module):
         shape = (3, *size) if isinstance(size, tuple) else (3, size, size)
         check_items(view.data, shape, "openclip image", "resize the view, or set the encoder's force_image_size")
         return self.tower(view.data.to(next(self.parameters()).dtype)).float()
+
+    def _looks_back(self) -> bool:
+        """Whether what follows a text's last token changes nothing: attention is causal, and that token is the text."""
+        tower = self.tower
+        plain = getattr(tower, "cls_emb", None) is None and not getattr(tower, "use_pad_mask", False)
+        causal = getattr(tower, "attn_mask", None) is not None
+        return plain and causal and getattr(tower, "pool_type", None) in ("argmax", "eos")
+
+    def _cut(self, ids: Tensor) -> Float[Tensor, "b d"]:
+        """A text of fewer ids: open_clip cuts its positions to them, and its causal mask must follow."""
+        whole, n = self.tower.attn_mask, ids.shape[1]
+        self.tower.attn_mask = whole[:n, :n]
+        try:
+            return self.tower(ids).float()
+        finally:
+            self.tower.attn_mask = whole
 
     def checkpoint_activations(self) -> None:
         if hasattr(self.tower, "trunk"):

@@ -50,8 +50,9 @@ class Transformer(nn.Module):
         length, most = view.data.shape[1], len(self.positions)
         if length > most:
             raise ValueError(f"transformer encoder takes up to {most} tokens, got {length}; raise its length")
-        mask = blocks.never_empty(view.mask)
-        x = self.tokens(view.data) + self.positions[:length]
+        data, mask = blocks.without_padding(view)
+        mask = blocks.never_empty(mask)
+        x = self.tokens(data) + self.positions[: data.shape[1]]
         for block in self.blocks:
             x = block(x, mask)
         return blocks.masked_mean(self.norm(x), mask)

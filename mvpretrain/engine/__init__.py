@@ -19,6 +19,7 @@ def wrap(world: World, task: Task, optimizer: torch.optim.Optimizer, config: Eng
     """
     if batch % world.size or batch < world.size:
         raise ValueError(f"batch={batch} does not divide over {world.size} ranks; make it a multiple of {world.size}")
+    prepare(task, config, world.kind)
     # Imported here, since each brings a library that takes seconds to load.
     if world.kind.startswith("zero"):
         from mvpretrain.engine.zero import Zero
@@ -27,3 +28,18 @@ def wrap(world: World, task: Task, optimizer: torch.optim.Optimizer, config: Eng
     from mvpretrain.engine.accelerated import Accelerated
 
     return Accelerated(world, task, optimizer, config)
+
+
+def prepare(task: Task, config: EngineConfig, kind: str) -> None:
+    """Compile the towers and lay out their weights, where the recipe asks for it. ValueError: the engine cannot."""
+    if config.channels_last:
+        if kind.startswith("zero"):
+            raise ValueError(
+                f"engine.channels_last with engine.kind={kind}: DeepSpeed cannot hold such weights; use ddp"
+            )
+        task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.compile:
+        if kind == "zero3":
+            raise ValueError("engine.compile with engine.kind=zero3: weights are not there when it traces; use zero2")
+        for tower in task.towers.values():
+            tower.compile()

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from mvpretrain.engine.step import Step, agree, put_back, remember
+from mvpretrain.engine import gradcache
+from mvpretrain.engine.step import Step
 from mvpretrain.engine.world import World
 from mvpretrain.recipe import EngineConfig
 from mvpretrain.task import Task
-from mvpretrain.types import Batch, Losses
+from mvpretrain.types import Batch
 
 
 class Accelerated:
@@ -28,6 +30,7 @@ class Accelerated:
         group = InitProcessGroupKwargs(backend="nccl" if world.device.type == "cuda" else "gloo")
         AcceleratorState._reset_state(reset_partial_state=True)  # it is a singleton: a second run must not inherit it
         self.world, self.task, self.config = world, task, config
+        task.stopwatch.device = world.device
         self.accelerator = Accelerator(
             cpu=world.device.type == "cpu",
             mixed_precision={"fp32": "no"}.get(world.precision, world.precision),
@@ -40,17 +43,23 @@ class Accelerated:
             )
         # Accelerate's own Tensor moves would copy rows that are there already.
         self.model, prepared = self.accelerator.prepare(task, optimizer, device_placement=[True, False])
+        if world.size > 1:
+            # Ranks keep their own buffers; DDP would send rank 0's round before every step, per-rank state included.
+            self.model.broadcast_buffers = False
         self.optimizer = cast(torch.optim.Optimizer, prepared)
 
     def step(self, batch: Batch, values: Sequence[float] = ()) -> Step:
-        self.model.train()
-        before = remember(self.task)
-        losses: Losses = self.model(batch)
-        loss, finite, sums = agree(self.world, losses.total, values)
-        if not finite:
-            put_back(self.task, before)
-            return Step(loss, losses.parts, None, False, sums)
-        self.accelerator.backward(losses.total)
+        return gradcache.step(self, batch, values)
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def reducing_once(self, count: int) -> Iterator[int]:
+        for i in range(count):
+            with self.accelerator.no_sync(self.model) if i + 1 < count else contextlib.nullcontext():
+                yield i
+
+    def descend(self) -> tuple[float | None, bool]:
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip or float("inf"))
         assert norm is not None
         # The norm is of reduced gradients, so that every rank sees the same number. Under fp16 the scaler itself skips.
@@ -58,10 +67,8 @@ class Accelerated:
         if stepped:
             self.optimizer.step()
             stepped = not self.accelerator.optimizer_step_was_skipped
-        if not stepped:
-            put_back(self.task, before)
         self.optimizer.zero_grad()
-        return Step(loss, losses.parts, float(norm), stepped, sums)
+        return float(norm), stepped
 
     def save(self, folder: Path) -> None:
         if self.world.rank == 0:

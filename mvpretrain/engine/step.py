@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mvpretrain.engine.world import World
+from mvpretrain.recipe import EngineConfig
 from mvpretrain.task import Task
 from mvpretrain.types import Batch
 
@@ -33,9 +34,27 @@ class Engine(Protocol):
     world: World
     task: Task
     optimizer: torch.optim.Optimizer
+    config: EngineConfig
+    model: Any  # the task, wrapped: to be called where its gradient is wanted
 
     def step(self, batch: Batch, values: Sequence[float] = ()) -> Step:
-        """One optimiser step on this rank's rows; `values` are summed over ranks on the way, at no extra message."""
+        """One optimiser step on this rank's rows, wherever they are.
+
+        `values` are summed over ranks on the way, at no extra message. With `config.micro_batch`, rows go to the
+        device and through the towers so many at a time.
+        """
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a scalar that `model` has returned to the parameters', scaled as the precision needs."""
+        ...
+
+    def reducing_once(self, count: int) -> Iterator[int]:
+        """0 to count - 1, for as many calls of `model` and `backward` whose gradients are reduced over ranks once."""
+        ...
+
+    def descend(self) -> tuple[float | None, bool]:
+        """(gradient norm, whether the optimiser has stepped): clip, step, forget the gradient."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -63,15 +82,20 @@ def agree(world: World, loss: Tensor, values: Sequence[float]) -> tuple[float, b
     return total[0] / world.size, total[1] == 0, total[2:]
 
 
-def remember(task: Task) -> list[Tensor]:
-    """Copies of the task's buffers: a forward pass changes batch statistics before anyone knows whether it counts."""
-    return [buffer.clone() for buffer in task.buffers()]
+def remember(module: nn.Module) -> list[Tensor]:
+    """Copies of the buffers: a forward pass changes batch statistics before anyone knows whether it counts."""
+    return [buffer.clone() for buffer in module.buffers()]
 
 
-def put_back(task: Task, kept: Sequence[Tensor]) -> None:
+def put_back(module: nn.Module, kept: Sequence[Tensor]) -> None:
     """Undo what a forward pass did to the buffers."""
-    for buffer, value in zip(task.buffers(), kept, strict=True):
+    for buffer, value in zip(module.buffers(), kept, strict=True):
         buffer.copy_(value)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which modules compute in a precision, as engines have it around their forward passes."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
 @contextlib.contextmanager
@@ -82,9 +106,9 @@ def encoding(engine: Engine) -> Iterator[Task]:
     """
     world = engine.world
     engine.task.eval()
-    for buffer in engine.task.buffers():
-        if buffer.is_floating_point():
+    for buffer in engine.task.towers.buffers():
+        if buffer.dtype != torch.bool:
             buffer.copy_(world.exchange.sum(buffer if world.rank == 0 else torch.zeros_like(buffer)))
-    with torch.no_grad(), torch.autocast(world.device.type, DTYPES[world.precision], enabled=world.precision != "fp32"):
+    with torch.no_grad(), autocast(world.device, world.precision):
         yield engine.task
     engine.task.train()

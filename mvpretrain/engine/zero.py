@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,11 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from mvpretrain.engine.step import Step, agree, put_back, remember
+from mvpretrain.engine import gradcache
+from mvpretrain.engine.step import Step
 from mvpretrain.engine.world import World
 from mvpretrain.recipe import EngineConfig
 from mvpretrain.task import Task
-from mvpretrain.types import Batch, Losses
+from mvpretrain.types import Batch
 
 
 class Zero:
@@ -27,7 +28,8 @@ class Zero:
     def __init__(self, world: World, task: Task, optimizer: torch.optim.Optimizer, config: EngineConfig, batch: int):
         import deepspeed
 
-        self.world, self.task, self.stage = world, task, int(world.kind[-1])
+        self.world, self.task, self.config, self.stage = world, task, config, int(world.kind[-1])
+        task.stopwatch.device = world.device
         deepspeed.utils.logger.setLevel("WARNING")
         if world.device.type == "cpu":
             # The shared-memory collectives would be compiled at first use (40 s) and need a C++ compiler.
@@ -48,22 +50,26 @@ class Zero:
                 f"ZeRO-{self.model.zero_optimization_stage()} on {dist.get_world_size()}"
             )
         self.optimizer = cast(torch.optim.Optimizer, prepared)
+        if config.micro_batch:
+            self._prepare_for_passes()
 
     def step(self, batch: Batch, values: Sequence[float] = ()) -> Step:
-        self.model.train()
-        before = remember(self.task)
-        losses: Losses = self.model(batch)
-        loss, finite, sums = agree(self.world, losses.total, values)
-        norm = None
-        if finite:
-            self.model.backward(losses.total)
-            norm, finite = self._descend()
-        if not finite:
-            put_back(self.task, before)
-        return Step(loss, losses.parts, norm, finite, sums)
+        return gradcache.step(self, batch, values)
 
-    def _descend(self) -> tuple[float | None, bool]:
-        """(gradient norm, whether the optimiser has stepped)."""
+    def backward(self, loss: Tensor) -> None:
+        self.model.backward(loss)
+
+    def reducing_once(self, count: int) -> Iterator[int]:
+        with contextlib.ExitStack() as together:
+            if self.stage:
+                together.enter_context(self.model.coalesce_grad_reduction())
+            for i in range(count):
+                with contextlib.nullcontext() if self.stage or i + 1 == count else self.model.no_sync():
+                    yield i
+            with self.task.stopwatch("backward"):
+                together.close()
+
+    def descend(self) -> tuple[float | None, bool]:
         own = None
         if self.stage == 0 and self.world.precision != "fp16":
             # Without partitions, DeepSpeed neither looks at the gradient nor tells its norm.
@@ -81,6 +87,19 @@ class Zero:
                 "a lower optimizer.lr or engine.precision=fp32"
             )
         return norm, stepped
+
+    def _prepare_for_passes(self) -> None:
+        import deepspeed
+
+        if not hasattr(self.model, "coalesce_grad_reduction"):
+            raise ValueError(
+                f"engine.micro_batch={self.config.micro_batch} needs a DeepSpeed that can reduce once after several "
+                f"backward passes, {deepspeed.__version__} cannot; install 0.19.8 or set engine.kind=ddp"
+            )
+        if self.stage == 3:
+            # The second pass uses them in the task itself, where ZeRO-3 has not gathered them.
+            for parameter in self.task.objective_parameters():
+                deepspeed.zero.register_external_parameter(self.task, parameter)
 
     def save(self, folder: Path) -> None:
         self.model.save_checkpoint(str(folder), tag="zero", client_state={"stage": self.stage, "size": self.world.size})

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from itertools import permutations
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -19,6 +19,9 @@ TIE = 1e-6  # similarities of unit rows in float32 that differ by less are equal
 ENTRIES = 1 << 24  # of the block of similarities that is held at once
 
 
+Fusion = Literal["rest", "product"]
+
+
 class Side(NamedTuple):
     """The rows that take part as queries or as candidates; equal keys are hits, a key may be `NONE`."""
 
@@ -27,7 +30,11 @@ class Side(NamedTuple):
 
 
 def retrieval(
-    table: Table, exchange: Exchange, device: torch.device, by_label: Collection[str] = ()
+    table: Table,
+    exchange: Exchange,
+    device: torch.device,
+    by_label: Collection[str] = (),
+    fusions: Sequence[Fusion] = ("rest",),
 ) -> Iterator[tuple[str, float]]:
     """Yields (name, value) for every ordered pair of views: `retrieval/image-text/R@1` ranks texts for an image.
 
@@ -36,7 +43,7 @@ def retrieval(
     with a view of `by_label`, its label. Rows absent in the first view are no queries, rows absent in the second no
     candidates, and queries without a positive do not count; a pair without queries has only `queries`, 0.
     `retrieval/mean/R@1` is the mean over pairs. With three views or more, `rest-image` looks for the image with the
-    mean of the other views that are there.
+    mean of the other views that are there, and `product-image`, where `fusions` names it, with their product.
 
     Equal similarities are taken in random order: R@K is then the expected one, and the rank the expected rank of the
     first positive. A collapsed encoder scores exactly chance.
@@ -50,19 +57,28 @@ def retrieval(
         firsts += [value for name, value in found if name.endswith("/R@1")]
     if firsts:
         yield "retrieval/mean/R@1", sum(firsts) / len(firsts)
-    if len(table.z) > 2:
+    for fusion in fusions if len(table.z) > 2 else ():
         for v in table.z:
             keys = table.labels if v in by_label else table.ids
-            yield from summary(f"rest-{v}", *sides(rest(table, v), keys, "rest", v), exchange, device)
+            both = sides(fused(table, v, fusion), keys, fusion, v)
+            yield from summary(f"{fusion}-{v}", *both, exchange, device)
 
 
-def rest(table: Table, v: str) -> Table:
-    """The table with one more view: the normalised mean of the views other than v that a row has."""
+def fused(table: Table, v: str, fusion: Fusion) -> Table:
+    """The table with one more view, of unit rows, that is made of the views other than v that a row has.
+
+    `rest` is their mean, `product` their product coordinate by coordinate: its inner products with v are the scores of
+    Symile (Saporta et al., NeurIPS 2024).
+    """
     others = [u for u in table.z if u != v]
-    total = sum(table.z[u] * table.present[u][:, None] for u in others)
-    there = torch.stack([table.present[u] for u in others]).any(dim=0)
-    assert isinstance(total, Tensor)
-    return table._replace(z={**table.z, "rest": normalize(total, dim=1)}, present={**table.present, "rest": there})
+    z = torch.stack([table.z[u] for u in others])
+    present = torch.stack([table.present[u] for u in others])
+    absent, there = ~present[:, :, None], present.any(dim=0)
+    made = z.masked_fill(absent, 0).sum(dim=0) if fusion == "rest" else z.masked_fill(absent, 1).prod(dim=0)
+    # A product of many coordinates below one is too short for float32's squares long before it is zero.
+    scale = made.abs().amax(dim=1, keepdim=True)
+    made = normalize(made / scale.where(scale > 0, 1), dim=1)
+    return table._replace(z={**table.z, fusion: made}, present={**table.present, fusion: there})
 
 
 def sides(table: Table, keys: Tensor, u: str, v: str) -> tuple[Side, Side]:

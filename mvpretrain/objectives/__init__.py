@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mvpretrain.config import Door, Foreign, Kind, call_foreign
+from pydantic import model_validator
+
+from mvpretrain.config import Config, Door, Foreign, Kind, call_foreign
 from mvpretrain.exchange import Alone, Exchange
 from mvpretrain.types import Objective
 
@@ -24,6 +26,22 @@ class ObjectiveConfig(Kind):
         """Bytes that one rank holds at the peak of loss and gradient, beyond its own embeddings."""
         table = every * dim * views * 4
         return 3 * table  # the gathered table, its gradient, and the packed copy
+
+
+class Temperature(Config):
+    """The softmax temperature; learnable ones are kept within [min, max]."""
+
+    init: float = 0.07
+    min: float = 0.01
+    max: float = 1.0
+    learnable: bool = True
+    per_pair: bool = False
+
+    @model_validator(mode="after")
+    def _within(self) -> Temperature:
+        if not 0 < self.min <= self.init <= self.max:
+            raise ValueError(f"needs 0 < min <= init <= max, got min={self.min} init={self.init} max={self.max}")
+        return self
 
 
 class ForeignObjective(ObjectiveConfig, Foreign):

@@ -4,42 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
-from pydantic import model_validator
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from mvpretrain.config import Config, unknown
+from mvpretrain.config import unknown
 from mvpretrain.exchange import Exchange
-from mvpretrain.numerics import tiles
 from mvpretrain.numerics.bounded import bounded_exp
-from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.objectives import ObjectiveConfig, Temperature
+from mvpretrain.similarity import Sums, all_pairs
 from mvpretrain.types import Embeddings, Losses
 
-
-class Temperature(Config):
-    """The softmax temperature; learnable ones are kept within [min, max]."""
-
-    init: float = 0.07
-    min: float = 0.01
-    max: float = 1.0
-    learnable: bool = True
-    per_pair: bool = False
-
-    @model_validator(mode="after")
-    def _within(self) -> Temperature:
-        if not 0 < self.min <= self.init <= self.max:
-            raise ValueError(f"needs 0 < min <= init <= max, got min={self.min} init={self.init} max={self.max}")
-        return self
+GATHERED = 2**31  # bytes of everyone's table above which `auto` takes the ring
 
 
 class InfoNCEConfig(ObjectiveConfig):
     """Pairwise InfoNCE: `pairs` is `all`, a view name (that view against each other one), or a list of pairs.
 
     `weights` scales pairs by name ("image-text": 2.0; 1 where not named). `in_view: true` adds the other samples of
-    the anchor's own view to its denominator: with two augmentations of one image this is SimCLR's NT-Xent.
+    the anchor's own view to its denominator: with two augmentations of one image this is SimCLR's NT-Xent. `table`:
+    everyone's rows are gathered, or passed round a ring of ranks, which takes no memory that grows with the number of
+    ranks; `auto` gathers up to 2 GiB.
     """
 
     kind: Literal["infonce"] = "infonce"
@@ -47,6 +34,7 @@ class InfoNCEConfig(ObjectiveConfig):
     weights: dict[str, float] = {}
     temperature: Temperature = Temperature()
     in_view: bool = False
+    table: Literal["auto", "gather", "ring"] = "auto"
 
     def listed(self, views: Sequence[str]) -> list[tuple[str, str]]:
         if self.pairs == "all":
@@ -73,7 +61,7 @@ class InfoNCEConfig(ObjectiveConfig):
             raise ValueError("objective.weights leaves no pair with a weight above 0")
 
     def build(self, views: Sequence[str], exchange: Exchange) -> InfoNCE:
-        return InfoNCE(self, self.listed(views))
+        return InfoNCE(self, self.listed(views), exchange)
 
 
 class InfoNCE(nn.Module):
@@ -89,68 +77,81 @@ class InfoNCE(nn.Module):
     with another id as well (NT-Xent, Chen et al. 2020, eq. 1).
 
     Rows that are absent in u or v count neither as anchors nor as candidates; a pair without rows is 0. Cost for b of n
-    rows: b n d multiplications a direction; memory O(n d) and one tile. State: log tau, shape [1] or [pairs].
+    rows: 4 b n d multiplications a pair, both directions and the gradient. State: log tau, shape [1] or [pairs].
     """
 
-    def __init__(self, config: InfoNCEConfig, pairs: list[tuple[str, str]]):
+    def __init__(self, config: InfoNCEConfig, pairs: list[tuple[str, str]], exchange: Exchange):
         super().__init__()
-        self.pairs, self.config = pairs, config
+        self.pairs, self.config, self.exchange = pairs, config, exchange
+        self.views = len({v for pair in pairs for v in pair})
         weights = [config.weights.get(f"{u}-{v}", 1.0) for u, v in pairs]
         self.weights = [w / sum(weights) for w in weights]
         start = torch.full((len(pairs) if config.temperature.per_pair else 1,), config.temperature.init).log()
         self.log_temperature = nn.Parameter(start, requires_grad=config.temperature.learnable)
 
+    def gathers(self, rows: int, dim: int) -> bool:
+        """Whether a table of this many rows a rank is gathered, or passed round the ring of ranks."""
+        if self.config.table != "auto":
+            return self.config.table == "gather"
+        return rows * self.exchange.size * dim * self.views * 4 <= GATHERED
+
     def forward(self, local: Embeddings, every: Embeddings) -> Losses:
         t = self.config.temperature
         temperature = bounded_exp(self.log_temperature, t.min, t.max)
         per_pair = temperature.expand(len(self.pairs))
+        found = all_pairs(local, every, self.pairs, 1 / per_pair, self.exchange)
+        others = self._in_view(local, every, 1 / per_pair)
         parts: dict[str, Tensor] = {}
         values = []
-        for index, (u, v) in enumerate(self.pairs):
-            scale = 1 / per_pair[index : index + 1]
-            there, hits_there = one_way(local, every, u, v, scale, self.config.in_view)
-            back, hits_back = one_way(local, every, v, u, scale, self.config.in_view)
-            values.append((there + back) / 2)
+        for p, (u, v) in enumerate(self.pairs):
+            scale = 1 / per_pair[p]
+            there = anchored(local, every, found[u, v], scale, others.get((p, u)))
+            back = anchored(local, every, found[v, u], scale, others.get((p, v)))
+            values.append((there.loss + back.loss) / 2)
             parts[f"loss/{u}-{v}"] = values[-1].detach()
-            parts[f"accuracy/{u}-{v}"] = ((hits_there + hits_back) / 2).detach()
+            parts[f"accuracy/{u}-{v}"] = (there.accuracy + back.accuracy) / 2
             if t.per_pair:
-                parts[f"temperature/{u}-{v}"] = per_pair[index].detach()
+                parts[f"temperature/{u}-{v}"] = per_pair[p].detach()
         if not t.per_pair:
             parts["temperature"] = temperature[0].detach()
         total = sum(w * value for w, value in zip(self.weights, values))
         assert isinstance(total, Tensor)
         return Losses(total, parts)
 
+    def _in_view(
+        self, local: Embeddings, every: Embeddings, scales: Float[Tensor, " p"]
+    ) -> dict[tuple[int, str], Float[Tensor, " b"]]:
+        """(pair, view) -> log-sum-exp of each local row over the other samples of its own view."""
+        if not self.config.in_view:
+            return {}
+        # One temperature for all: each view's sums serve all of its pairs.
+        shared = not self.config.temperature.per_pair
+        asked = {(0 if shared else p, v): p for p, pair in enumerate(self.pairs) for v in pair}
+        sums = {}
+        for (key, v), p in asked.items():
+            own = all_pairs(local, every, [(v, v)], scales[p : p + 1], self.exchange, apart=True)
+            sums[key, v] = own[v, v].lse
+        return {(p, v): sums[0 if shared else p, v] for p, pair in enumerate(self.pairs) for v in pair}
 
-def one_way(
-    local: Embeddings, every: Embeddings, u: str, v: str, scale: Float[Tensor, "1"], in_view: bool
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Anchors of view u against candidates of view v: (loss, share of anchors whose best candidate is a positive)."""
-    anchors, candidates = local.z[u], every.z[v]
-    log_sum, best = tiles.logsumexp(anchors, candidates, scale, every.present[v])
-    if in_view:
-        others, _ = tiles.logsumexp(anchors, every.z[u], scale, every.present[u], apart=(local.ids, every.ids))
-        log_sum = torch.logaddexp(log_sum, others)
-    positives = scale * (anchors * positive_mean(local, every, v)).sum(dim=1)
-    counts, all_counts = has_positive(local, every, u, v), has_positive(every, every, u, v)
+
+class Anchored(NamedTuple):
+    """One direction of a pair: the mean loss, and the share of anchors whose best candidate is a positive."""
+
+    loss: Float[Tensor, ""]
+    accuracy: Float[Tensor, ""]
+
+
+def anchored(
+    local: Embeddings,
+    every: Embeddings,
+    sums: Sums,
+    scale: Float[Tensor, ""],
+    others: Float[Tensor, " b"] | None,
+) -> Anchored:
+    """Anchors of the pair's first view against candidates of the second, and `others` in the denominator too."""
+    log_sum = sums.lse if others is None else torch.logaddexp(sums.lse, others)
     # The global number of anchors, as seen from one of len(every) / len(local) equal parts.
-    rows = all_counts.sum().clamp_min(1).to(log_sum.dtype) * (len(local.ids) / len(every.ids))
-    loss = (log_sum - positives).masked_fill(~counts, 0).sum() / rows
-    hits = ((every.ids[best] == local.ids) & counts).sum() / rows
-    return loss, hits
-
-
-def positive_mean(local: Embeddings, every: Embeddings, v: str) -> Float[Tensor, "b d"]:
-    """For each local row, the mean of view v over the present rows of every rank that carry its id (0 where none)."""
-    unique, group = every.ids.unique(return_inverse=True)
-    present = every.present[v].to(every.z[v].dtype)
-    sums = every.z[v].new_zeros(len(unique), every.z[v].shape[1])
-    sums = sums.index_add(0, group, every.z[v] * present[:, None])
-    count = present.new_zeros(len(unique)).index_add(0, group, present)
-    mine = torch.searchsorted(unique, local.ids)
-    return sums[mine] / count[mine].clamp_min(1)[:, None]
-
-
-def has_positive(table: Embeddings, every: Embeddings, u: str, v: str) -> Bool[Tensor, " b"]:
-    """True for rows of `table` that have view u and, somewhere, a row of the same id that has view v."""
-    return table.present[u] & torch.isin(table.ids, every.ids[every.present[v]])
+    rows = sums.anchors.clamp_min(1).to(log_sum.dtype) * (len(local.ids) / len(every.ids))
+    loss = (log_sum - scale * sums.positive).masked_fill(~sums.anchor, 0).sum() / rows
+    hits = ((every.ids[sums.best] == local.ids) & sums.anchor).sum() / rows
+    return Anchored(loss, hits.detach())

@@ -50,11 +50,14 @@ def tower(**changes: Any) -> TowerConfig:
 
 
 def task_of(k: int, dtype: torch.dtype, exchange: Exchange, objective: Any = None, **changes: Any) -> Task:
-    """Two views share a tower; the others have their own, which are changed as asked."""
+    """Two views share a tower; the others have their own, which are changed as asked. A class of objective is built."""
     torch.manual_seed(0)
     views = {f"v{i}": "t0" if i < 2 else f"t{i}" for i in range(k)}
     if objective is None:
-        objective = objectives.build({"kind": "infonce", "temperature": {"init": 0.2, "per_pair": True}}, list(views))
+        settings = {"kind": "infonce", "temperature": {"init": 0.2, "per_pair": True}}
+        objective = objectives.build(settings, list(views), exchange)
+    elif isinstance(objective, type):
+        objective = objective()
     return Task(views, {t: tower(**changes) for t in sorted(set(views.values()))}, DIM, objective, exchange).to(dtype)
 
 

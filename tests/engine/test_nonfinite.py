@@ -43,11 +43,13 @@ class _Rough(torch.autograd.Function):
         return torch.full(ctx.shape, math.inf)
 
 
-def broken_step(rank: int, kind: str, breaks: str, clip: float | None, victim: int = 1) -> dict[str, Any]:
+def broken_step(
+    rank: int, kind: str, breaks: str, clip: float | None, victim: int = 1, micro_batch: int | None = None
+) -> dict[str, Any]:
     """Two good steps, a broken one, two good ones; all with batch statistics and moments to spoil."""
     objective = Breaking(rank + 1 - victim)
     task = partial(task_of, 3, torch.float32, objective=objective, head=HeadConfig(layers=2, norm="batch"))
-    engine = engine_of(kind, task, optimizer_of, clip=clip)
+    engine = engine_of(kind, task, optimizer_of, clip=clip, micro_batch=micro_batch)
     mine = rows_of(batch_of(3), rank, engine.world.size)
     good = [engine.step(mine, [1.0]) for _ in range(2)]
     before, objective.breaks = held(engine), breaks
@@ -62,31 +64,34 @@ def broken_step(rank: int, kind: str, breaks: str, clip: float | None, victim: i
     return answer | {"goes on": after, "losses": [step.loss for step in good], "weights": engine.weights()}
 
 
-def undisturbed(rank: int, kind: str) -> dict[str, Tensor]:
+def undisturbed(rank: int, kind: str, micro_batch: int | None = None) -> dict[str, Tensor]:
     """The weights after the four good steps alone."""
     task = partial(task_of, 3, torch.float32, objective=Breaking(rank), head=HeadConfig(layers=2, norm="batch"))
-    engine = engine_of(kind, task, optimizer_of, clip=1.0)
+    engine = engine_of(kind, task, optimizer_of, clip=1.0, micro_batch=micro_batch)
     for _ in range(4):
         engine.step(rows_of(batch_of(3), rank, engine.world.size), [1.0])
     return engine.weights()
 
 
-@pytest.mark.parametrize("kind", ["ddp", "zero0", "zero1", "zero2", "zero3"])
-def test_a_loss_that_is_not_a_number_on_one_rank_is_skipped_by_all(ranks, kind):
-    found = ranks(2).run(broken_step, kind, "value", 1.0, timeout=30)
+CASES = [(kind, rows) for rows in (None, 3) for kind in ("ddp", "zero0", "zero1", "zero2", "zero3")]
+
+
+@pytest.mark.parametrize(("kind", "micro_batch"), CASES)
+def test_a_loss_that_is_not_a_number_on_one_rank_is_skipped_by_all(ranks, kind, micro_batch):
+    found = ranks(2).run(broken_step, kind, "value", 1.0, 1, micro_batch, timeout=30)
     for answer in found:
         assert not answer["stepped"] and answer["same"] and answer["goes on"], answer
         assert answer["sums"] == [2.0] and answer["norm"] is None
     assert found[0]["losses"] == found[1]["losses"] and found[0]["losses"][3] < found[0]["losses"][0]
-    wanted = ranks(2).run(undisturbed, kind)[0]
+    wanted = ranks(2).run(undisturbed, kind, micro_batch)[0]
     assert all(torch.equal(found[0]["weights"][name], value) for name, value in wanted.items())
 
 
+@pytest.mark.parametrize(("kind", "micro_batch"), CASES)
 @pytest.mark.parametrize("clip", [None, 1.0])
-@pytest.mark.parametrize("kind", ["ddp", "zero0", "zero1", "zero2", "zero3"])
-def test_a_gradient_that_is_not_a_number_never_reaches_the_weights(ranks, kind, clip):
+def test_a_gradient_that_is_not_a_number_never_reaches_the_weights(ranks, kind, micro_batch, clip):
     """Under ZeRO this hangs on DeepSpeed, whose releases differ: a skipped step, or an end in words, on all ranks."""
-    found = ranks(2).run(broken_step, kind, "gradient", clip, timeout=30)
+    found = ranks(2).run(broken_step, kind, "gradient", clip, 1, micro_batch, timeout=30)
     if kind in ("ddp", "zero0") or "raised" not in found[0]:
         for answer in found:
             assert not answer["stepped"] and answer["same"] and answer["goes on"], answer
@@ -95,7 +100,8 @@ def test_a_gradient_that_is_not_a_number_never_reaches_the_weights(ranks, kind, 
         assert all("lower optimizer.lr" in answer["raised"] for answer in found)
 
 
+@pytest.mark.parametrize("micro_batch", [None, 3])
 @pytest.mark.parametrize("breaks", ["value", "gradient"])
-def test_one_process_skips_as_well(breaks):
-    answer = broken_step(0, "none", breaks, 1.0, victim=0)
+def test_one_process_skips_as_well(breaks, micro_batch):
+    answer = broken_step(0, "none", breaks, 1.0, victim=0, micro_batch=micro_batch)
     assert not answer["stepped"] and answer["same"] and answer["goes on"], answer

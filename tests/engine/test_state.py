@@ -20,10 +20,10 @@ from tests.engine.small import batch_of, engine_of, held, optimizer_of, rows_of,
 HERE = Place(3, Cursor(0, (36,)), {}, {})
 
 
-def noisy(kind: str, norm: str = "batch") -> Any:
+def noisy(kind: str, norm: str = "batch", **settings: Any) -> Any:
     """An engine whose steps draw random numbers (dropout), with moments (AdamW) and batch statistics."""
     changes = {"encoder": {"dropout": 0.3}, "head": HeadConfig(layers=2, norm=norm)}
-    return engine_of(kind, lambda exchange: task_of(3, torch.float32, exchange, **changes), optimizer_of)
+    return engine_of(kind, lambda exchange: task_of(3, torch.float32, exchange, **changes), optimizer_of, **settings)
 
 
 def advance(engine: Any, start: int, steps: int) -> list[float]:
@@ -45,14 +45,16 @@ def evaluated(engine: Any) -> Tensor:
         return torch.stack(list(task.encode(batch_of(3, seed=99)).z.values()))
 
 
-def whole_and_resumed(rank: int, kind: str, folder: Path) -> tuple[dict[str, bool], Tensor, dict[str, Tensor]]:
+def whole_and_resumed(
+    rank: int, kind: str, folder: Path, micro_batch: int | None = None
+) -> tuple[dict[str, bool], Tensor, dict[str, Tensor]]:
     """Six steps, against three, a checkpoint, and three from it: what is equal, what evaluation sees, the weights."""
-    engine = noisy(kind)
+    engine = noisy(kind, micro_batch=micro_batch)
     torch.manual_seed(rank)
     advance(engine, 0, 3)
     checkpoint.save(folder, engine, plan(folder), HERE)
     losses, seen, weights = advance(engine, 3, 3), evaluated(engine), engine.weights()
-    fresh = noisy(kind)
+    fresh = noisy(kind, micro_batch=micro_batch)
     torch.manual_seed(7)  # a new process's generators know nothing of the old
     equals = {"place": checkpoint.load(checkpoint.find(folder), fresh) == HERE}
     equals |= {"losses": losses == advance(fresh, 3, 3), "evaluation": torch.equal(seen, evaluated(fresh))}
@@ -74,8 +76,15 @@ def test_going_on_from_a_checkpoint_is_going_on_bit_for_bit(ranks, tmp_path, kin
     assert load_file(checkpoint.find(tmp_path) / "weights.safetensors").keys() == shapes.keys()
 
 
-def test_going_on_in_one_process(tmp_path):
-    equals, _, weights = whole_and_resumed(0, "none", tmp_path)
+@pytest.mark.parametrize("kind", ["ddp", "zero2"])
+def test_going_on_with_micro_batches(ranks, tmp_path, kind):
+    for equals, _, _ in ranks(2).run(whole_and_resumed, kind, tmp_path, 3):
+        assert all(equals.values()), equals
+
+
+@pytest.mark.parametrize("micro_batch", [None, 5])
+def test_going_on_in_one_process(tmp_path, micro_batch):
+    equals, _, weights = whole_and_resumed(0, "none", tmp_path, micro_batch)
     assert all(equals.values()), equals
     assert len(weights) == len(noisy("none").task.state_dict())
 

@@ -98,6 +98,38 @@ def test_rest_is_the_mean_of_the_other_views_that_are_there():
     assert not any("rest" in name for name in scores(two))
 
 
+def test_product_is_that_of_the_other_views_that_are_there():
+    t = table()
+    # Without signs a product points somewhere: else all of these views would be found by chance alone.
+    t = t._replace(z={v: z.abs() for v, z in t.z.items()})
+    there = t.present["text"] | t.present["sound"]
+    rows = []
+    for i in range(len(t.ids)):
+        row = torch.ones(4)
+        for v in ("text", "sound"):
+            row = row * t.z[v][i] if t.present[v][i] else row
+        rows.append(row / row.norm())
+    with_product = t._replace(z={**t.z, "p": torch.stack(rows)}, present={**t.present, "p": there})
+    found = dict(retrieval(t, Alone(), CPU, ("image",), ("rest", "product")))
+    for name, value in slow(with_product, "p", "image", True).items():
+        assert found[f"retrieval/product-image/{name}"] == pytest.approx(value, abs=1e-6), name
+    assert found["retrieval/rest-image/R@1"] != found["retrieval/product-image/R@1"]
+    assert not any("product" in name for name in scores(t))
+
+
+def test_products_of_many_views_keep_their_direction():
+    n, views = 50, 20
+    make = torch.Generator().manual_seed(0)
+    z = normalize(torch.rand(n, 64, generator=make), dim=1)  # coordinates about 1/8: their product is about 1e-17
+    every = {f"v{i}": z for i in range(views)}
+    full = {v: torch.ones(n, dtype=torch.bool) for v in every}
+    t = Table(every, {}, torch.arange(n), full, torch.full((n,), -1))
+    made = module.fused(t, "v0", "product").z["product"]
+    expected = z.double().pow(views - 1)
+    expected = expected / expected.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(made.double(), expected, atol=1e-4, rtol=0)
+
+
 def test_partly_tied_scores_are_expectations():
     t = table(30)
     for v in t.z:

@@ -25,7 +25,7 @@ def task_of(exchange) -> Task:
     torch.manual_seed(0)
     encoder = {"kind": "mlp", "input": 6, "width": 8, "depth": 1}
     tower = TowerConfig.model_validate({"encoder": encoder, "head": {"layers": 2}})
-    objective = objectives.build({"kind": "infonce"}, VIEWS)
+    objective = objectives.build({"kind": "infonce"}, VIEWS, exchange)
     return Task({"a": "one", "b": "one", "c": "two"}, {"one": tower, "two": tower}, 5, objective, exchange).eval()
 
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mvpretrain.numerics import tiles
+from mvpretrain.numerics import products, tiles
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(tiles, "ROWS", 4)
-    monkeypatch.setattr(tiles, "COLUMNS", 5)
+    monkeypatch.setattr(products, "ROWS", 4)
+    monkeypatch.setattr(products, "COLUMNS", 5)
 
 
 def case(b: int, n: int, d: int = 3, seed: int = 0, dtype=torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -77,8 +77,8 @@ def test_gradient_is_that_of_finite_differences(small_tiles, b, n, with_ids):
 @pytest.mark.parametrize("default_tiles", [False, True])
 def test_gradient_is_that_of_autograd(default_tiles, monkeypatch):
     if not default_tiles:
-        monkeypatch.setattr(tiles, "ROWS", 7)
-        monkeypatch.setattr(tiles, "COLUMNS", 3)
+        monkeypatch.setattr(products, "ROWS", 7)
+        monkeypatch.setattr(products, "COLUMNS", 3)
     rows, columns, scale, valid = case(20, 17)
     apart = ids_of(20, 17)
     weight = torch.randn(20, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -147,8 +147,8 @@ class Largest(TorchDispatchMode):
 
 
 def test_memory_is_the_tables_and_one_tile(monkeypatch):
-    monkeypatch.setattr(tiles, "ROWS", 16)
-    monkeypatch.setattr(tiles, "COLUMNS", 32)
+    monkeypatch.setattr(products, "ROWS", 16)
+    monkeypatch.setattr(products, "COLUMNS", 32)
     rows, columns, scale, valid = case(200, 300)
     ids = torch.arange(200), torch.arange(300)
     with Largest() as seen:
@@ -166,3 +166,55 @@ def test_shapes_are_checked():
         tiles.logsumexp(rows, columns[:, :2], scale, valid)
     with pytest.raises(TypeCheckError):
         tiles.logsumexp(rows, columns, scale, valid[:3])
+
+
+@pytest.mark.parametrize(("b", "n"), [(1, 1), (4, 5), (9, 11)])
+def test_softplus_sum_is_that_of_the_loop_and_its_gradient(small_tiles, b, n):
+    rows, columns, scale, valid = case(b, n)
+    bias = torch.tensor([-2.5], dtype=torch.float64)
+    found = tiles.softplus_sum(rows, columns, scale, bias, valid)
+    for i in range(b):
+        terms = [math.log1p(math.exp(float(scale * (rows[i] @ columns[j]) + bias))) for j in range(n) if valid[j]]
+        assert float(found[i]) == pytest.approx(math.fsum(terms), rel=1e-12, abs=1e-14)
+    inputs = [x.requires_grad_() for x in (rows, columns, scale, bias)]
+    assert torch.autograd.gradcheck(lambda r, c, s, o: tiles.softplus_sum(r, c, s, o, valid), inputs)
+
+
+def distance(rows, columns, shared):
+    """A score that is no scaled product: minus the squared distance, weighted by the row, plus a column's own bonus."""
+    (r, weight), (c, bonus), (scale,) = rows, columns, shared
+    return bonus - scale * weight[:, None] * (r[:, None] - c[None]).square().sum(dim=2)
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+@pytest.mark.parametrize(("b", "n"), [(1, 1), (4, 5), (5, 6), (9, 11)])
+def test_logsumexp_of_any_score(small_tiles, b, n, with_ids):
+    rows, columns, scale, valid = case(b, n)
+    valid[0] = True
+    apart = ids_of(b, n) if with_ids else None
+    make = torch.Generator().manual_seed(b)
+    weight, bonus = (torch.rand(m, generator=make, dtype=torch.float64) for m in (b, n))
+    inputs = [x.requires_grad_() for x in (rows, weight, columns, bonus, scale)]
+
+    def found(r, w, c, o, s):
+        return tiles.logsumexp_of(distance, (r, w), (c, o), (s,), valid, apart)
+
+    gone = ~valid[None] if apart is None else ~valid | (apart[0][:, None] == apart[1])
+    whole = distance((rows, weight), (columns, bonus), (scale,)).masked_fill(gone, -torch.inf)
+    lse, best = found(*inputs)
+    some = lse > -torch.inf
+    torch.testing.assert_close(lse, whole.logsumexp(1), rtol=1e-12, atol=1e-12)
+    assert torch.equal(best[some], whole.argmax(1)[some])
+    factor = torch.randn(b, generator=make, dtype=torch.float64)
+    if some.any():
+        wanted = torch.autograd.grad((whole[some].logsumexp(1) * factor[some]).sum(), inputs)
+        torch.testing.assert_close(torch.autograd.grad((lse * factor)[some].sum(), inputs), wanted)
+
+
+def test_logsumexp_of_what_needs_no_gradient(small_tiles):
+    rows, columns, scale, valid = case(9, 11)
+    weight, bonus = torch.ones(9, dtype=torch.float64), torch.zeros(11, dtype=torch.float64)
+    columns.requires_grad_()
+    lse, _ = tiles.logsumexp_of(distance, (rows, weight), (columns, bonus), (scale,), valid)
+    lse.sum().backward()
+    assert columns.grad is not None and columns.grad.abs().sum() > 0 and weight.grad is None

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mvpretrain import objectives
-from mvpretrain.exchange import padded
 from mvpretrain.objectives.infonce import InfoNCE
 from mvpretrain.types import Embeddings, Losses
 from tests.objectives.towers import outcome, outcome_on, relative_errors
-from tests.tables import ROWS, SPLITS, leaves, names, part_of, rows_of, table
+from tests.tables import ROWS, leaves, names, rows_of, table
 
 VARIANTS = [{"in_view": True}, {"pairs": "view0", "temperature": {"init": 0.2, "per_pair": True}}]
 PAIRS = [("view2", "view0"), ("view1", "view2"), ("view3", "view1")]
@@ -108,24 +107,6 @@ def test_positive_only_in_another_row():
     assert_is_loop(objective(whole, whole), wanted)
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
-@case_of
-def test_parts_of_the_batch_average_to_the_whole(case, size):
-    objective, whole = infonce(CASES[case], 3), table(3, dtype=torch.float64)
-    longest = max(SPLITS[size])
-    parts = [padded(part_of(whole, r, size), longest) for r in range(size)]
-    every = Embeddings(
-        {v: torch.cat([p.z[v] for p in parts]) for v in whole.z},
-        torch.cat([p.ids for p in parts]),
-        {v: torch.cat([p.present[v] for p in parts]) for v in whole.z},
-        torch.cat([p.labels for p in parts]),
-    )
-    found, wanted = [objective(p, every) for p in parts], objective(whole, whole)
-    torch.testing.assert_close(torch.stack([f.total for f in found]).mean(), wanted.total, rtol=1e-12, atol=0)
-    for name, part in wanted.parts.items():
-        torch.testing.assert_close(torch.stack([f.parts[name] for f in found]).mean(), part, rtol=1e-12, atol=0)
-
-
 def test_two_views_are_open_clips_loss():
     from open_clip.loss import ClipLoss
 
@@ -167,7 +148,8 @@ def test_gradient_is_that_of_finite_differences(case):
 @pytest.mark.parametrize("k", [2, 3, 4])
 @pytest.mark.parametrize("size", [2, 4])
 def test_gradient_on_ranks_is_that_of_one_process(ranks, size, k):
-    for config in ({}, {"in_view": True, "temperature": {"init": 0.2, "per_pair": True}}):
+    per_pair = {"in_view": True, "temperature": {"init": 0.2, "per_pair": True}}
+    for config in ({}, per_pair, {"table": "ring"}, {"table": "ring", **per_pair}):
         wanted = outcome({"kind": "infonce", **config}, k, torch.float64)
         for found in ranks(size).run(outcome_on, {"kind": "infonce", **config}, k, torch.float64, 1, size):
             assert found.values == pytest.approx(wanted.values, rel=1e-10)

@@ -42,7 +42,7 @@ def outcome(
         ids, present = ids_and_presence(k, seed=step)
         mine = part_of(Embeddings(inputs, ids, present, torch.full((ROWS,), -1)), rank, size)
         z = {v: normalize(x @ weights[f"tower/{v}"], dim=1) for v, x in mine.z.items()}
-        losses = objective(*share(mine._replace(z=z), exchange))
+        losses = objective(*share(mine._replace(z=z), exchange, getattr(objective, "gathers", None)))
         losses.total.backward()
         values.append(float(mean(losses.total.detach(), exchange)))
         parts.append({name: float(mean(x, exchange)) for name, x in losses.parts.items()})

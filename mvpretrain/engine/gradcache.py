@@ -1,0 +1,169 @@
+"""One step of any engine: on all rows at once, or micro-batch by micro-batch in two passes (GradCache).
+
+Contrastive losses need the whole batch's embeddings, but not its activations. The first pass encodes micro-batches
+without a graph, the objective is called once on all of their embeddings and says its gradient in them, and the second
+pass encodes each micro-batch again, as it was, and sends its part of that gradient back through the towers (Gao et al.
+2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"). Memory is that of one micro-batch and
+of the embeddings; the gradient is that of the plain step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mvpretrain.engine.step import Engine, Step, agree, autocast, put_back, remember
+from mvpretrain.task import Pull, Task
+from mvpretrain.types import Batch, Embeddings, Losses, View
+
+
+def step(engine: Engine, batch: Batch, values: Sequence[float]) -> Step:
+    """Losses, agreement, gradients, optimiser: the order of things in every engine."""
+    task, world = engine.task, engine.world
+    engine.model.train()
+    before = remember(task)
+    pieces = split(engine, batch)
+    losses, backward = whole(engine, batch) if pieces is None else in_two_passes(engine, batch, pieces)
+    loss, good, sums = agree(world, losses.total, values)
+    norm = None
+    if good:
+        backward()
+        with task.stopwatch("optimizer"):
+            norm, good = engine.descend()
+    if not good:
+        put_back(task, before)
+    task.stopwatch.step()
+    return Step(loss, losses.parts, norm, good, sums)
+
+
+def whole(engine: Engine, batch: Batch) -> tuple[Losses, Callable[[], None]]:
+    """(the losses, how to go back from them) of all rows at once."""
+    losses: Losses = engine.model(batch.to(engine.world.device))
+
+    def backward() -> None:
+        with engine.task.stopwatch("backward"):
+            engine.backward(losses.total)
+
+    return losses, backward
+
+
+class Pieces(NamedTuple):
+    """A batch in micro-batches; every rank has as many. Those from `own` on are repeated rows, which count nowhere."""
+
+    batches: list[Batch]
+    own: int
+
+
+class Memory(NamedTuple):
+    """What the second pass needs to know of the first."""
+
+    generators: list[list[Tensor]]  # as they were before each micro-batch
+    buffers: list[Tensor]  # of the towers, as this rank's own rows have left them
+
+
+def split(engine: Engine, batch: Batch) -> Pieces | None:
+    """The batch in micro-batches that differ by one row at most; None where it needs no cutting.
+
+    Ranks may bring unequal numbers of rows, but must make the same calls: under ZeRO-3, modules gather their weights.
+    """
+    most, rows = engine.config.micro_batch, len(batch.ids)
+    if most is None:
+        return None
+    count = -(-engine.world.exchange.largest(rows) // most)
+    if count <= 1:
+        return None
+    own = max(1, -(-rows // most))
+    ends = [rows * i // own for i in range(own + 1)]
+    batches = [part(batch, begin, end) for begin, end in pairwise(ends)]
+    return Pieces(batches + batches[:1] * (count - own), own)
+
+
+def part(batch: Batch, begin: int, end: int) -> Batch:
+    """Some rows of a batch, in the same memory."""
+    rows = slice(begin, end)
+    return Batch(
+        {v: View(x.data[rows], None if x.mask is None else x.mask[rows]) for v, x in batch.views.items()},
+        batch.ids[rows],
+        {v: p[rows] for v, p in batch.present.items()},
+        batch.labels[rows],
+    )
+
+
+def in_two_passes(engine: Engine, batch: Batch, pieces: Pieces) -> tuple[Losses, Callable[[], None]]:
+    """(the losses, how to go back from them), one micro-batch's activations at a time."""
+    z, memory = first_pass(engine, pieces)
+    leaves = {v: x.requires_grad_() for v, x in z.items()}
+    device = engine.world.device
+    present = {v: p.to(device, non_blocking=True) for v, p in batch.present.items()}
+    # A dict of its own: ZeRO-3's hooks replace the tensors in those that modules are given.
+    table = Embeddings(dict(leaves), batch.ids.to(device), present, batch.labels.to(device))
+    losses = engine.task.score(table)
+    return losses, partial(second_pass, engine, pieces, memory, leaves, losses.total)
+
+
+@torch.no_grad()
+def first_pass(engine: Engine, pieces: Pieces) -> tuple[dict[str, Tensor], Memory]:
+    """The embeddings of this rank's rows."""
+    task, device = engine.task, engine.world.device
+    precision = engine.world.precision if engine.config.first_pass == "same" else engine.config.first_pass
+    tables: list[dict[str, Tensor]] = []
+    generators = [generators_of(device)]
+    buffers: list[Tensor] = []
+    with task.stopwatch("encode"), autocast(device, precision):
+        for i, piece in enumerate(pieces.batches):
+            tables.append(task.encode(piece.to(device)).z)
+            generators.append(generators_of(device))
+            if i + 1 == pieces.own:
+                buffers = remember(task.towers)
+    set_generators(device, generators[pieces.own])  # as if the repeated rows had not been there
+    z = {v: torch.cat([table[v] for table in tables[: pieces.own]]) for v in tables[0]}
+    return z, Memory(generators, buffers)
+
+
+def second_pass(engine: Engine, pieces: Pieces, memory: Memory, leaves: dict[str, Tensor], loss: Tensor) -> None:
+    """The gradient of the loss in all parameters, reduced over ranks once."""
+    task, device = engine.task, engine.world.device
+    with task.stopwatch("backward"):
+        pull = gradients(task, leaves, loss)
+    after = generators_of(device)
+    begin = 0
+    for i in engine.reducing_once(len(pieces.batches)):
+        piece, end = pieces.batches[i], begin + len(pieces.batches[i].ids)
+        if i < pieces.own:
+            z = {v: g[begin:end] for v, g in pull.z.items()}
+        else:
+            z = {v: g.new_zeros(len(piece.ids), g.shape[1]) for v, g in pull.z.items()}
+        # The objective's parameters take part once, in the last piece: DDP reduces there, and wants all of them in it.
+        last = i + 1 == len(pieces.batches)
+        set_generators(device, memory.generators[i])
+        surrogate: Tensor = engine.model(piece.to(device), Pull(z, pull.parameters if last else []))
+        if surrogate.requires_grad:  # not so where all towers are frozen whole
+            with task.stopwatch("backward"):
+                engine.backward(surrogate)
+        begin = end
+    set_generators(device, after)
+    put_back(task.towers, memory.buffers)
+
+
+def gradients(task: Task, leaves: dict[str, Tensor], loss: Tensor) -> Pull:
+    """The loss's gradient in the embeddings and in the objective's parameters; zero where it does not depend on one."""
+    own = task.objective_parameters()
+    found = torch.autograd.grad(loss, [*leaves.values(), *own], allow_unused=True, materialize_grads=True)
+    return Pull(dict(zip(leaves, found)), list(found[len(leaves) :]))
+
+
+def generators_of(device: torch.device) -> list[Tensor]:
+    """The states of torch's generators that an encoder may draw from."""
+    gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *gpu]
+
+
+def set_generators(device: torch.device, states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)

@@ -1,0 +1,79 @@
+"""Barlow Twins between pairs of k views."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from mvpretrain.exchange import Exchange
+from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.types import Embeddings, Losses
+
+FLAT = 1e-5  # added to variances, as batch normalisation does
+
+
+class BarlowConfig(ObjectiveConfig):
+    """`off_diagonal` weighs the squared correlations of different dimensions (lambda)."""
+
+    kind: Literal["barlow"] = "barlow"
+    off_diagonal: float = Field(default=0.0051, ge=0, allow_inf_nan=False)
+
+    def build(self, views: Sequence[str], exchange: Exchange) -> Barlow:
+        return Barlow(self, views)
+
+    def memory(self, views: int, rows: int, every: int, dim: int) -> int:
+        pairs = views * (views - 1) // 2
+        return super().memory(views, rows, every, dim) + pairs * (6 * every * dim * 4 + 2 * dim**2 * 4)
+
+
+class Barlow(nn.Module):
+    """Mean over pairs {u, v} of the loss of Zbontar et al. 2021 (Barlow Twins), exact on the gathered batch:
+
+        L_uv = sum_l (1 - C_ll)^2 + lambda sum_l sum_(m != l) C_lm^2,    lambda = 0.0051
+
+    C is the d x d matrix of correlations between the dimensions of view u and those of view v, over the rows that have
+    both. It is defined on rows of any length; ours have length one and are read as x = sqrt(d) z, so that the 1e-5 that
+    is added to variances, as in batch normalisation, is as small beside them as in the authors' code.
+
+    Every rank computes the correlations of the whole batch from the gathered rows, so that the gradient is that of one
+    process; the authors' code sums C over ranks outside of autograd, which divides its gradient by the number of ranks.
+    A pair with fewer than two rows is 0. Rows of equal ids are rows as any other. Cost: n d^2 multiplications a pair;
+    memory O(k^2 (n d + d^2)).
+    """
+
+    def __init__(self, config: BarlowConfig, views: Sequence[str]):
+        super().__init__()
+        self.config, self.pairs = config, list(combinations(views, 2))
+
+    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
+        parts: dict[str, Tensor] = {}
+        values = []
+        for u, v in self.pairs:
+            both = every.present[u] & every.present[v]
+            correlation = correlations(every.z[u][both], every.z[v][both])
+            own = correlation.diagonal()
+            others = correlation.square().sum() - own.square().sum()
+            counts = both.sum() > 1
+            values.append(((1 - own).square().sum() + self.config.off_diagonal * others) * counts)
+            parts[f"loss/{u}-{v}"] = values[-1].detach()
+            parts[f"correlation/{u}-{v}"] = own.mean().detach()
+        return Losses(torch.stack(values).mean(), parts)
+
+
+def correlations(a: Float[Tensor, "m d"], b: Float[Tensor, "m d"]) -> Float[Tensor, "d d"]:
+    """How each dimension of one view goes with each of the other, in [-1, 1]; 0 without rows."""
+    return standardised(a).T @ standardised(b) / max(len(a), 1)
+
+
+def standardised(z: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
+    """Columns of sqrt(d) z with mean 0 and variance 1, over m."""
+    x = z.to(torch.promote_types(z.dtype, torch.float32)) * z.shape[1] ** 0.5
+    rows = max(len(x), 1)
+    centred = x - x.sum(dim=0) / rows
+    return centred / (centred.square().sum(dim=0) / rows + FLAT).sqrt()

@@ -1,0 +1,111 @@
+"""Decoupled contrastive learning between pairs of k views."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations, combinations_with_replacement
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from mvpretrain.exchange import Exchange
+from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.similarity import Sums, all_pairs, has_positive, positive_mean
+from mvpretrain.types import Embeddings, Losses
+
+LOWEST = -1e30  # stands for log 0, of which the gradient of a log-sum-exp would make NaN
+
+
+class DCLConfig(ObjectiveConfig):
+    """InfoNCE without the positive in its denominator.
+
+    `weighted: sigma` weighs positives as DCLW does (the paper's sigma is 0.5). The temperature is fixed: without the
+    positive below, the loss falls without end as it goes to 0.
+    """
+
+    kind: Literal["dcl"] = "dcl"
+    temperature: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    weighted: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+    def build(self, views: Sequence[str], exchange: Exchange) -> DCL:
+        return DCL(self, views, exchange)
+
+    def memory(self, views: int, rows: int, every: int, dim: int) -> int:
+        # All views: a second gradient while it is added to the first; local rows: the means of positives besides; and
+        # the products of one pair.
+        return super().memory(views, rows, every, dim) + (views * (every + 3 * rows) + 2 * (every + rows)) * dim * 4
+
+
+class DCL(nn.Module):
+    """Mean over pairs {u, v} and both directions of the decoupled loss of Yeh et al. 2022, on the gathered batch:
+
+        l_i = -w_i <z_i^u, z_i^v> / tau + log sum_{j != i} [ e^(<z_i^u, z_j^u> / tau) + e^(<z_i^u, z_j^v> / tau) ]
+
+    with w_i = 1 (DCL), or the negative von Mises-Fisher weight, whose mean over the anchors is 1 (DCLW):
+
+        w_i = 2 - e^(<z_i^u, z_i^v> / sigma) / mean_m e^(<z_m^u, z_m^v> / sigma)
+
+    The weights are constants to the gradient: through them it would push good positives apart. The paper adds the two
+    directions, twice the value here. Rows of equal ids are positives (the mean of their similarities), never negatives.
+
+    An anchor counts where it has a positive in v and where there is another sample in u or v. Cost for b of n rows:
+    k (k + 1) / 2 b n d multiplications; memory O(k n d) and one tile. No state.
+    """
+
+    def __init__(self, config: DCLConfig, views: Sequence[str], exchange: Exchange):
+        super().__init__()
+        self.config, self.views, self.exchange = config, list(views), exchange
+
+    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
+        z = local.z[self.views[0]]
+        scale = z.new_full((1,), 1 / self.config.temperature, dtype=torch.promote_types(z.dtype, torch.float32))
+        pairs = list(combinations_with_replacement(self.views, 2))
+        sums = all_pairs(local, every, pairs, scale.expand(len(pairs)), self.exchange, apart=True)
+        means = {v: positive_mean(local, every, v) for v in self.views}
+        parts: dict[str, Tensor] = {}
+        for u, v in combinations(self.views, 2):
+            there = self.one_way(local, every, u, v, means[v], sums)
+            back = self.one_way(local, every, v, u, means[u], sums)
+            parts[f"loss/{u}-{v}"] = (there + back) / 2
+        total = torch.stack(list(parts.values())).mean()
+        return Losses(total, {name: value.detach() for name, value in parts.items()})
+
+    def one_way(
+        self,
+        local: Embeddings,
+        every: Embeddings,
+        u: str,
+        v: str,
+        positive: Float[Tensor, "b d"],
+        sums: dict[tuple[str, str], Sums],
+    ) -> Float[Tensor, ""]:
+        """Anchors of view u; `positive` is the mean of the rows of v that carry the anchor's id."""
+        several = several_samples(every, u, v)
+        counts = has_positive(local, every, u, v) & several
+        all_counts = has_positive(every, every, u, v) & several
+        scores = (local.z[u] * positive).sum(dim=1)
+        negatives = torch.stack([sums[u, u].lse, sums[u, v].lse]).clamp_min(LOWEST).logsumexp(dim=0)
+        weights = 1.0 if self.config.weighted is None else weigh(scores, every, u, v, all_counts, self.config.weighted)
+        losses = negatives - weights * scores / self.config.temperature
+        rows = all_counts.sum().clamp_min(1).to(losses.dtype) * (len(local.ids) / len(every.ids))
+        return losses.masked_fill(~counts, 0).sum() / rows
+
+
+def several_samples(every: Embeddings, u: str, v: str) -> Bool[Tensor, ""]:
+    """Whether u and v hold more than one sample: with one there are no negatives, and no loss."""
+    ids = every.ids[every.present[u] | every.present[v]]
+    return (ids != ids[:1]).any()
+
+
+@torch.no_grad()
+def weigh(
+    scores: Float[Tensor, " b"], every: Embeddings, u: str, v: str, counts: Bool[Tensor, " n"], sigma: float
+) -> Float[Tensor, " b"]:
+    """DCLW's weights of local anchors, from the similarities of all anchors that count."""
+    all_scores = (every.z[u] * positive_mean(every, every, v)).sum(dim=1) / sigma
+    log_sum = all_scores.masked_fill(~counts, LOWEST).logsumexp(dim=0)
+    # An anchor that counts is part of the sum; the others' weights must only be finite.
+    return 2 - (scores / sigma - log_sum).clamp_max(0).exp() * counts.sum()

@@ -1,0 +1,217 @@
+"""The multi-marginal matching gap over k views."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from mvpretrain.config import unknown
+from mvpretrain.exchange import Alone, Exchange
+from mvpretrain.numerics import transport
+from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.types import Embeddings, Losses
+
+
+class M3GConfig(ObjectiveConfig):
+    """The matching gap; `epsilon` is the paper's, for a cost in [0, 1], or else 2 `temperature` / k^2; 0.2 by default.
+
+    `temperature` compares with InfoNCE's and means the same for any k; epsilon = 0.2 is one of 0.4 for two views, 0.9
+    for three and 1.6 for four. `tolerance` bounds the L1 error of the plan's marginals, `max_sweeps` the work on it.
+    `views` are those that are matched. `scope: rank` matches each rank's own rows only, as the published runs did.
+    """
+
+    kind: Literal["m3g"] = "m3g"
+    epsilon: float | None = Field(default=None, gt=0)
+    temperature: float | None = Field(default=None, gt=0)
+    tolerance: float = Field(default=1e-3, gt=0)
+    max_sweeps: int = Field(default=100, ge=1)
+    views: Literal["all"] | tuple[str, ...] = "all"
+    scope: Literal["global", "rank"] = "global"
+
+    @model_validator(mode="after")
+    def _one_scale(self) -> M3GConfig:
+        if self.epsilon is not None and self.temperature is not None:
+            raise ValueError(
+                f"objective.epsilon={self.epsilon:g} and objective.temperature={self.temperature:g} are given, but "
+                "one determines the other, epsilon = 2 temperature / k^2; keep one"
+            )
+        return self
+
+    def listed(self, views: Sequence[str]) -> list[str]:
+        return list(views) if self.views == "all" else list(self.views)
+
+    def scale(self, k: int) -> float:
+        """The epsilon of k views."""
+        return 2 * self.temperature / k**2 if self.temperature is not None else self.epsilon or 0.2
+
+    def check(self, views: Sequence[str]) -> None:
+        chosen = self.listed(views)
+        for v in chosen:
+            if v not in views:
+                raise ValueError(unknown("view in objective.views", v, views))
+        if len(set(chosen)) != len(chosen) or len(chosen) < 2:
+            raise ValueError(f"objective.views is {chosen}; the matching gap needs two or more different views")
+
+    def build(self, views: Sequence[str], exchange: Exchange) -> M3G:
+        return M3G(self, self.listed(views), Alone() if self.scope == "rank" else exchange)
+
+    def memory(self, views: int, rows: int, every: int, dim: int) -> int:
+        k = views if self.views == "all" else len(self.views)
+        n, own = (rows, rows) if self.scope == "rank" else (every, rows)
+        tables = (k - 1) * own * n + (k - 1) * (k - 2) // 2 * n * n
+        # Costs, kernels (both ways round beyond three views) and the plan's pairs; six tables of a block and its sums.
+        block = max(n * n, min(n ** (k - 1), transport.BLOCK["cuda" if torch.cuda.is_available() else "cpu"]))
+        held = (3 + (k > 3)) * tables + 6 * block
+        wide = transport.REACH[torch.float32] * self.scale(k) < 2 * (k - 1) / k
+        return super().memory(views, rows, every, dim) + held * (8 if wide else 4) + 3 * k * n * dim * 4
+
+
+class Rows(NamedTuple):
+    """The rows that take part: those with a view at least."""
+
+    z: list[Float[Tensor, "n d"]]  # by view; 0 where the view is missing
+    present: list[Bool[Tensor, " n"]]
+    ids: Int[Tensor, " n"]
+
+
+class M3G(nn.Module):
+    """The multi-marginal matching gap of Piran, Klein, Thornton and Cuturi (ICML 2024), exact on the gathered batch.
+
+    A tuple takes one row of each view and costs the circular variance of its k unit vectors,
+
+        c(z_1 ... z_k) = 1 - |mean_u z_u|^2 = (2 / k^2) sum_{u<v} (1 - <z_u, z_v>),   in [0, 1],
+
+    and the plan P that has uniform marginals and the least <P, c> + epsilon sum P log P is compared with the true
+    matching J of samples:
+
+        L = <J, c> + epsilon sum J log J - min_P (<P, c> + epsilon sum P log P)   >= 0.
+
+    This is the tight Fenchel-Young gap: with J = I / n, sum J log J is -log n (the paper prints + epsilon log n, which
+    has the same gradient and no zero). It is 0 only where P = J. The gradient is <J - P, dc>, P held fixed (Danskin;
+    Prop. 3.2), where only P's marginals on pairs of views are needed. Each pair's similarities are compared at the
+    temperature k^2 epsilon / 2. With k = 2 and half a sweep, L / epsilon is the InfoNCE of temperature 2 epsilon.
+
+    Rows of one id are one sample: J matches each of them with all of them evenly, so that L has no floor where they
+    come twice. A row's missing view is as similar to anything as orthogonal vectors are, and k stays the number of all
+    views: the temperature is the same for every pair, and the gap of k views of which one is nowhere is, over epsilon,
+    that of the others. J matches such a row evenly with the gaps of that view. Rows without any view count nowhere.
+
+    Each rank works on its share of the first view's rows against all of the others: of 2 n^k operations an update's
+    n / W share. `accuracy` is the share of samples whose most likely partner in every other view, by the plan's
+    marginals on pairs with the first view, is their own; samples without the first view, or without another, do not
+    count. A plan that is not converged shows in `marginal_error` and `sweeps`. State: none.
+    """
+
+    def __init__(self, config: M3GConfig, views: list[str], exchange: Exchange):
+        super().__init__()
+        self.config, self.views, self.exchange = config, views, exchange
+        self.epsilon = config.scale(len(views))
+
+    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
+        k = len(self.views)
+        rows = chosen(local if self.config.scope == "rank" else every, self.views)
+        zero = rows.z[0].new_zeros(())
+        parts = {"gap": zero, "sweeps": zero, "marginal_error": zero, "accuracy": zero}
+        parts["temperature"] = rows.z[0].new_tensor(k**2 * self.epsilon / 2)
+        if not len(rows.ids):
+            return Losses(torch.stack([z.sum() for z in rows.z]).sum(), parts)
+        plan, pull, accuracy = self.plan(rows)
+        matching = group_by_id(rows)
+        gap = true_cost(matching) + self.epsilon * true_entropy(matching) - plan.value
+        parts |= {"gap": gap.detach(), "marginal_error": plan.error, "accuracy": accuracy}
+        parts["sweeps"] = torch.full_like(plan.value, plan.sweeps)
+        # The plan's value moves as <P, dc> does, and this rank has its rows' part of P alone, in units of the batch.
+        moved = torch.stack([((z - z.detach()) * g).sum() for z, g in zip(rows.z, pull)]).sum()
+        here = 1 / self.exchange.size
+        return Losses(gap - moved / here, parts)
+
+    @torch.no_grad()
+    def plan(self, rows: Rows) -> tuple[transport.Solution, list[Float[Tensor, "n d"]], Float[Tensor, ""]]:
+        """(the plan, this rank's part of d value / d z, accuracy)."""
+        n, k, exchange = len(rows.ids), len(rows.z), self.exchange
+        own = slice(exchange.rank * n // exchange.size, (exchange.rank + 1) * n // exchange.size)
+        z = [rows.z[0][own], *rows.z[1:]]
+        pairs = list(combinations(range(k), 2))
+        costs = [(z[u] @ z[v].T).sub_(1).mul_(-2 / k**2) for u, v in pairs]
+        solution = transport.solve(
+            costs,
+            self.epsilon,
+            [x.new_full((len(x),), 1 / n) for x in z],
+            self.config.tolerance,
+            self.config.max_sweeps * k,
+            exchange.sum,
+            exchange.maximum,
+        )
+        pull = [torch.zeros_like(x) for x in rows.z]
+        to = [pull[0][own], *pull[1:]]
+        for (u, v), table in zip(pairs, solution.pairs):
+            to[u].addmm_(table, z[v], alpha=-2 / k**2)
+            to[v].addmm_(table.T, z[u], alpha=-2 / k**2)
+        hits = torch.stack(accurate(rows, own, solution.pairs[: k - 1])).to(z[0].dtype)
+        right, counted = exchange.sum(hits)
+        return solution, pull, right / counted.clamp_min(1)
+
+
+def chosen(table: Embeddings, views: Sequence[str]) -> Rows:
+    """The rows of a table that have one of these views at least, in float32 or float64."""
+    live = torch.stack([table.present[v] for v in views]).any(dim=0)
+    present = [table.present[v][live] for v in views]
+    z = [table.z[v][live].masked_fill(~p[:, None], 0) for v, p in zip(views, present)]
+    return Rows([x if x.dtype == torch.float64 else x.float() for x in z], present, table.ids[live])
+
+
+def accurate(rows: Rows, own: slice, pairs: Sequence[Float[Tensor, "b n"]]) -> tuple[Int[Tensor, ""], Int[Tensor, ""]]:
+    """Of this rank's rows of the first view: how many have all their most likely partners right, and how many count."""
+    ids = rows.ids[own]
+    right, some = torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+    for table, present in zip(pairs, rows.present[1:]):
+        best = rows.ids[table.masked_fill(~present, -1).argmax(dim=1)]
+        has = torch.isin(ids, rows.ids[present])
+        right &= (best == ids) | ~has
+        some |= has
+    counted = some & rows.present[0][own]
+    return (right & counted).sum(), counted.sum()
+
+
+class Matching(NamedTuple):
+    """The samples' true matching J: an id has the mass `size` / n, evenly on its rows of each view."""
+
+    sums: Float[Tensor, "k g d"]  # of an id's present rows
+    present: Float[Tensor, "k g"]  # how many these are
+    size: Float[Tensor, " g"]  # rows of the id
+
+
+def group_by_id(rows: Rows) -> Matching:
+    unique, group = rows.ids.unique(return_inverse=True)
+    z, present = torch.stack(rows.z), torch.stack(rows.present).to(rows.z[0].dtype)
+    sums = z.new_zeros(len(z), len(unique), z.shape[2]).index_add(1, group, z)
+    count = present.new_zeros(len(z), len(unique)).index_add(1, group, present)
+    return Matching(sums, count, group.bincount(minlength=len(unique)).to(z.dtype))
+
+
+def true_cost(j: Matching) -> Float[Tensor, ""]:
+    """<J, c>: two rows of an id of size m meet in a share 1 / (n m) of the mass."""
+    k = len(j.sums)
+    alike = j.sums.sum(dim=0).square().sum(dim=1) - j.sums.square().sum(dim=(0, 2))
+    return (k * (k - 1) - (alike / j.size).sum() / j.size.sum()) / k**2
+
+
+def true_entropy(j: Matching) -> Float[Tensor, ""]:
+    """sum J log J. Rows that lack a view share all gaps of it evenly, so that J has uniform marginals.
+
+    An id of mass q spreads it, in each view, over its present rows, q / m on each, and over the view's gaps. Tuples of
+    different ids are different, but for the one that has a gap in every view.
+    """
+    mass, gap = j.size / j.size.sum(), 1 - j.present / j.size
+    gaps = (j.size - j.present).sum(dim=1, keepdim=True).clamp_min(1)
+    by_view = torch.xlogy(gap, gap / gaps) - (1 - gap) * j.size.log()
+    empty = mass * gap.prod(dim=0)
+    return (mass * (mass.log() + by_view.sum(dim=0)) - torch.xlogy(empty, empty)).sum() + torch.xlogy(
+        empty.sum(), empty.sum()
+    )

@@ -1,0 +1,108 @@
+"""InfoNCE of each view against the average of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from mvpretrain.exchange import Exchange
+from mvpretrain.numerics.averages import mean_of_others
+from mvpretrain.numerics.bounded import bounded_exp
+from mvpretrain.objectives import ObjectiveConfig, Temperature
+from mvpretrain.similarity import Sums, all_pairs
+from mvpretrain.types import Embeddings, Losses
+
+SHORTEST = 1e-3  # views that cancel have a mean without direction: a shorter one is not stretched to length one
+
+
+class OneVsRestConfig(ObjectiveConfig):
+    """One view against the average of the rest: k problems instead of the k (k - 1) / 2 of all pairs.
+
+    `normalize`: whether the average is brought to length one. `temperature.per_pair` learns one for each view.
+    """
+
+    kind: Literal["one_vs_rest"] = "one_vs_rest"
+    normalize: bool = True
+    temperature: Temperature = Temperature()
+
+    def build(self, views: Sequence[str], exchange: Exchange) -> OneVsRest:
+        return OneVsRest(self, views, exchange)
+
+    def memory(self, views: int, rows: int, every: int, dim: int) -> int:
+        # Averages: their sums, themselves and their gradients; local rows: the same, and gradients of their own.
+        averages = views * (3 * every + 6 * rows) + every + rows
+        return super().memory(views, rows, every, dim) + averages * dim * 4
+
+
+class OneVsRest(nn.Module):
+    """Mean over views u of the symmetric InfoNCE of u against the average of the other views, on the gathered batch.
+
+    With a_i^u the mean of z_i^v over the views v != u that row i has (of length one with `normalize`):
+
+        L = mean_u [ CE(<z_i^u, a_j^u> / tau) + CE(<a_i^u, z_j^u> / tau) ] / 2
+
+    CE over j with target i, as in infonce: rows of equal ids are positives of one another, by the mean of their
+    similarities. The `ave` baseline of Piran et al. 2024 (M3G); with k = 2 it is infonce.
+
+    A row without u, or without any other view, has no z^u or no a^u and counts there neither as an anchor nor as a
+    candidate. Cost for b of n rows: k b n d multiplications; memory O(k n d) and one tile. State: log tau, shape [1]
+    or [k].
+    """
+
+    def __init__(self, config: OneVsRestConfig, views: Sequence[str], exchange: Exchange):
+        super().__init__()
+        self.config, self.views, self.exchange = config, list(views), exchange
+        length = len(self.views) if config.temperature.per_pair else 1
+        start = torch.full((length,), config.temperature.init).log()
+        self.log_temperature = nn.Parameter(start, requires_grad=config.temperature.learnable)
+
+    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
+        t = self.config.temperature
+        temperature = bounded_exp(self.log_temperature, t.min, t.max)
+        per_view = temperature.expand(len(self.views))
+        local, every = self.with_rest(local), self.with_rest(every)
+        pairs = [(u, rest_of(u)) for u in self.views]
+        sums = all_pairs(local, every, pairs, 1 / per_view, self.exchange)
+        parts: dict[str, Tensor] = {}
+        values = []
+        for index, (u, rest) in enumerate(pairs):
+            scale = 1 / per_view[index]
+            there = one_way(local, every, sums[u, rest], scale)
+            back = one_way(local, every, sums[rest, u], scale)
+            values.append((there[0] + back[0]) / 2)
+            parts[f"loss/{u}"] = values[-1].detach()
+            parts[f"accuracy/{u}"] = (there[1] + back[1]) / 2
+            if t.per_pair:
+                parts[f"temperature/{u}"] = per_view[index].detach()
+        if not t.per_pair:
+            parts["temperature"] = temperature[0].detach()
+        return Losses(torch.stack(values).mean(), parts)
+
+    def with_rest(self, table: Embeddings) -> Embeddings:
+        """The table with, for each view, the average of the others as one more view."""
+        means, some = mean_of_others({v: table.z[v] for v in self.views}, {v: table.present[v] for v in self.views})
+        if self.config.normalize:
+            means = {v: normalize(z, dim=1, eps=SHORTEST) for v, z in means.items()}
+        return table._replace(
+            z=table.z | {rest_of(v): z for v, z in means.items()},
+            present=table.present | {rest_of(v): p for v, p in some.items()},
+        )
+
+
+def rest_of(view: str) -> str:
+    return f"all but {view}"
+
+
+def one_way(
+    local: Embeddings, every: Embeddings, sums: Sums, scale: Float[Tensor, ""]
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """One direction: (loss, share of anchors whose best candidate is a positive)."""
+    rows = sums.anchors.clamp_min(1).to(sums.lse.dtype) * (len(local.ids) / len(every.ids))
+    loss = (sums.lse - scale * sums.positive).masked_fill(~sums.anchor, 0).sum() / rows
+    hits = ((every.ids[sums.best] == local.ids) & sums.anchor).sum() / rows
+    return loss, hits.detach()

@@ -1,0 +1,142 @@
+"""Poly-view contrastive losses: every view of a sample against all views of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations_with_replacement
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from mvpretrain.exchange import Exchange
+from mvpretrain.numerics import tiles
+from mvpretrain.numerics.averages import mean_of_others
+from mvpretrain.numerics.bounded import bounded_exp
+from mvpretrain.objectives import ObjectiveConfig, Temperature
+from mvpretrain.similarity import all_pairs, has_positive, positive_mean
+from mvpretrain.types import Embeddings, Losses
+
+LOWEST = -1e30  # stands for log 0, of which the gradients below would make NaN
+
+
+class PolyviewConfig(ObjectiveConfig):
+    """Each view of a sample is told from all views of the other samples by each of its other views.
+
+    `form`: `geometric` averages the positives' log probabilities, `arithmetic` their probabilities; `sufficient` has
+    one positive, the average of the other views, and such averages as negatives.
+    """
+
+    kind: Literal["polyview"] = "polyview"
+    form: Literal["geometric", "arithmetic", "sufficient"] = "geometric"
+    temperature: Temperature = Temperature()
+
+    def check(self, views: Sequence[str]) -> None:
+        if self.temperature.per_pair:
+            raise ValueError(
+                "objective.temperature.per_pair is true, but polyview has one denominator over all views and so one "
+                "temperature; remove per_pair"
+            )
+
+    def build(self, views: Sequence[str], exchange: Exchange) -> Polyview:
+        return Polyview(self, views, exchange)
+
+    def memory(self, views: int, rows: int, every: int, dim: int) -> int:
+        # All views: a second gradient while it is added to the first, or the averages and their gradient; local rows:
+        # the means of positives besides; and the products of one pair.
+        tables = 2 * every + rows if self.form == "sufficient" else every + 3 * rows
+        return super().memory(views, rows, every, dim) + (views * tables + 2 * (every + rows)) * dim * 4
+
+
+class Polyview(nn.Module):
+    """Mean over anchors of the poly-view losses of Shidani et al. 2024 (ICLR), on the gathered batch.
+
+    An anchor is a row i's view a. With s(x, y) = <x, y> / tau and the negatives of all k views of all other samples,
+
+        p_ab = e^s(z_i^a, z_i^b) / (e^s(z_i^a, z_i^b) + sum_{j != i} sum_c e^s(z_i^a, z_j^c))
+
+        geometric:  -(1 / (k - 1)) sum_{b != a} log p_ab
+        arithmetic: -log [ (1 / (k - 1)) sum_{b != a} p_ab ]
+        sufficient: -log p_a, where the mean of the views b != a of row i stands for z_i^b, and the mean of the views
+                    other than c of row j for z_j^c
+
+    A denominator holds one positive: the others of the sample are left out of it. With views missing, k - 1 is the
+    number of other views that the sample has, and an anchor without any counts nowhere. Rows of equal ids are one
+    sample: the mean of its rows' views b stands for z_i^b, and none of them is a negative.
+
+    Cost for b of n rows: k (k + 1) / 2 b n d multiplications (sufficient: k^2); memory O(k n d) and one tile. State:
+    log tau, shape [1].
+    """
+
+    def __init__(self, config: PolyviewConfig, views: Sequence[str], exchange: Exchange):
+        super().__init__()
+        self.config, self.views, self.exchange = config, list(views), exchange
+        start = torch.full((1,), config.temperature.init).log()
+        self.log_temperature = nn.Parameter(start, requires_grad=config.temperature.learnable)
+
+    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
+        t = self.config.temperature
+        temperature = bounded_exp(self.log_temperature, t.min, t.max)
+        scale, here = 1 / temperature, len(local.ids) / len(every.ids)
+        sufficient = self.config.form == "sufficient"
+        candidates = of_other_views(every, self.views) if sufficient else every
+        negatives = average_negatives if sufficient else view_negatives
+        against = negatives(local, candidates, self.views, scale, self.exchange)
+        means = {v: positive_mean(local, candidates, v) for v in self.views}
+        parts: dict[str, Tensor] = {}
+        sums, numbers = [], []
+        for a in self.views:
+            others = [a] if sufficient else [b for b in self.views if b != a]
+            scores = torch.stack([scale * (local.z[a] * means[b]).sum(dim=1) for b in others])
+            there = torch.stack([has_positive(local, candidates, a, b) for b in others])
+            losses = average(logsigmoid(scores - against[a]), there, self.config.form)
+            everywhere = torch.stack([has_positive(every, candidates, a, b) for b in others]).any(dim=0)
+            sums.append(losses.masked_fill(~there.any(dim=0), 0).sum())
+            numbers.append(everywhere.sum().to(losses.dtype) * here)
+            parts[f"loss/{a}"] = sums[-1].detach() / numbers[-1].clamp_min(here)
+        parts["temperature"] = temperature[0].detach()
+        return Losses(torch.stack(sums).sum() / torch.stack(numbers).sum().clamp_min(here), parts)
+
+
+def average(
+    log_p: Float[Tensor, "p b"], there: Bool[Tensor, "p b"], form: Literal["geometric", "arithmetic", "sufficient"]
+) -> Float[Tensor, " b"]:
+    """Minus the log of the geometric or arithmetic mean over the positives that are there (0 where none is)."""
+    count = there.sum(dim=0).clamp_min(1).to(log_p.dtype)
+    if form == "arithmetic":
+        return count.log() - log_p.masked_fill(~there, LOWEST).logsumexp(dim=0)
+    return -log_p.masked_fill(~there, 0).sum(dim=0) / count
+
+
+def of_other_views(table: Embeddings, views: Sequence[str]) -> Embeddings:
+    """The table with, in place of each view, the mean of the row's other views."""
+    means, some = mean_of_others({v: table.z[v] for v in views}, {v: table.present[v] for v in views})
+    return table._replace(z=means, present=some)
+
+
+def view_negatives(
+    local: Embeddings, every: Embeddings, views: Sequence[str], scale: Float[Tensor, "1"], exchange: Exchange
+) -> dict[str, Float[Tensor, " b"]]:
+    """For each anchor view, log-sum-exp over all views of the other samples."""
+    pairs = list(combinations_with_replacement(views, 2))
+    sums = all_pairs(local, every, pairs, scale.expand(len(pairs)), exchange, apart=True)
+    return {a: together([sums[a, v].lse for v in views]) for a in views}
+
+
+def average_negatives(
+    local: Embeddings, candidates: Embeddings, views: Sequence[str], scale: Float[Tensor, "1"], exchange: Exchange
+) -> dict[str, Float[Tensor, " b"]]:
+    """For each anchor view, log-sum-exp over all averages of the other samples."""
+    apart = local.ids, candidates.ids
+    sums = {
+        (a, v): tiles.logsumexp(local.z[a], candidates.z[v], scale, candidates.present[v], apart)[0]
+        for a in views
+        for v in views
+    }
+    return {a: together([sums[a, v] for v in views]) for a in views}
+
+
+def together(log_sums: list[Float[Tensor, " b"]]) -> Float[Tensor, " b"]:
+    return torch.stack(log_sums).clamp_min(LOWEST).logsumexp(dim=0)

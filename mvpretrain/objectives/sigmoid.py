@@ -1,0 +1,96 @@
+"""The sigmoid loss between pairs of k views."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from mvpretrain.exchange import Exchange
+from mvpretrain.numerics import tiles
+from mvpretrain.numerics.averages import count_by_key
+from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.similarity import positive_mean
+from mvpretrain.types import Embeddings, Losses
+
+
+class SigmoidConfig(ObjectiveConfig):
+    """SigLIP's loss: whether two rows belong together is a question of its own for every two rows of two views.
+
+    `scale` and `bias` are where the learnable inverse temperature and offset start; `per_pair` learns them for each
+    pair of views.
+    """
+
+    kind: Literal["sigmoid"] = "sigmoid"
+    scale: float = Field(default=10.0, gt=0, allow_inf_nan=False)
+    bias: float = Field(default=-10.0, allow_inf_nan=False)
+    learnable: bool = True
+    per_pair: bool = False
+
+    def build(self, views: Sequence[str], exchange: Exchange) -> Sigmoid:
+        return Sigmoid(self, views)
+
+    def memory(self, views: int, rows: int, every: int, dim: int) -> int:
+        # Local rows: the means of positives, and the gradients of both; candidates: one view's gradient, twice.
+        return super().memory(views, rows, every, dim) + (3 * views * rows + 2 * every) * dim * 4
+
+
+class Sigmoid(nn.Module):
+    """Mean over pairs {u, v} of the sigmoid loss of Zhai et al. 2023 (SigLIP, section 3.2), on the gathered batch:
+
+        L_uv = -(1/B) sum_i sum_j log sigmoid(y_ij (t <z_i^u, z_j^v> + c)),   y_ij = 1 where ids are equal, else -1
+
+    over the rows i that have u and the rows j that have v. B is the mean number of rows of the two views: n where none
+    is missing, as in the paper (1/B, not 1/B^2). t = exp(log_scale) starts at 10, the bias c at -10.
+
+    Computed as softplus over all pairs of rows, less t s + c over the positives: positives are few and need no tile.
+    Cost for b of n rows: b n d multiplications a pair; memory O(k n d) and one tile. A pair without rows is 0. State:
+    log_scale and bias, shape [1] or [pairs].
+    """
+
+    def __init__(self, config: SigmoidConfig, views: Sequence[str]):
+        super().__init__()
+        self.pairs, self.per_pair = list(combinations(views, 2)), config.per_pair
+        length = len(self.pairs) if config.per_pair else 1
+        self.log_scale = nn.Parameter(torch.full((length,), math.log(config.scale)), requires_grad=config.learnable)
+        self.bias = nn.Parameter(torch.full((length,), config.bias), requires_grad=config.learnable)
+
+    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
+        scale, bias = self.log_scale.exp(), self.bias
+        scales, biases = scale.expand(len(self.pairs)).split(1), bias.expand(len(self.pairs)).split(1)
+        positives = {v: positive_mean(local, every, v) for v in dict.fromkeys(v for _, v in self.pairs)}
+        parts: dict[str, Tensor] = {}
+        values = []
+        for (u, v), t, c in zip(self.pairs, scales, biases):
+            values.append(pair_loss(local, every, u, v, positives[v], t, c))
+            parts[f"loss/{u}-{v}"] = values[-1].detach()
+            if self.per_pair:
+                parts |= {f"scale/{u}-{v}": t[0].detach(), f"bias/{u}-{v}": c[0].detach()}
+        if not self.per_pair:
+            parts |= {"scale": scale[0].detach(), "bias": bias[0].detach()}
+        return Losses(torch.stack(values).mean(), parts)
+
+
+def pair_loss(
+    local: Embeddings,
+    every: Embeddings,
+    u: str,
+    v: str,
+    positive: Float[Tensor, "b d"],
+    scale: Float[Tensor, "1"],
+    bias: Float[Tensor, "1"],
+) -> Float[Tensor, ""]:
+    """This rank's rows of u against all rows of v; `positive` is the mean of those of v that carry the row's id."""
+    as_negatives = tiles.softplus_sum(local.z[u], every.z[v], scale, bias, every.present[v])
+    # log sigmoid(x) = x - softplus(x), and log sigmoid(-x) = -softplus(x).
+    logits = scale * (local.z[u] * positive).sum(dim=1) + bias
+    losses = as_negatives - count_by_key(every.ids, every.present[v], local.ids) * logits
+    rows = (every.present[u].sum() + every.present[v].sum()).clamp_min(1).to(losses.dtype) / 2
+    here = len(local.ids) / len(every.ids)  # the part of the global rows that each rank counts as its own
+    return losses.masked_fill(~local.present[u], 0).sum() / (rows * here)

@@ -1,0 +1,119 @@
+"""Supervised contrastive learning over k views."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mvpretrain.exchange import Exchange
+from mvpretrain.numerics.averages import count_by_key, sum_by_key
+from mvpretrain.numerics.bounded import bounded_exp
+from mvpretrain.objectives import ObjectiveConfig, Temperature
+from mvpretrain.similarity import all_pairs
+from mvpretrain.types import Embeddings, Losses
+
+LOWEST = -1e30  # stands for log 0, of which the gradient of a log-sum-exp would make NaN
+
+
+class SupConConfig(ObjectiveConfig):
+    """Rows of one label are positives, in every view. Needs the class as `data.label`; rows without one count by id."""
+
+    kind: Literal["supcon"] = "supcon"
+    temperature: Temperature = Temperature()
+
+    def check(self, views: Sequence[str]) -> None:
+        if self.temperature.per_pair:
+            raise ValueError(
+                "objective.temperature.per_pair is true, but supcon has one denominator over all views and so one "
+                "temperature; remove per_pair"
+            )
+
+    def build(self, views: Sequence[str], exchange: Exchange) -> SupCon:
+        return SupCon(self, views, exchange)
+
+    def memory(self, views: int, rows: int, every: int, dim: int) -> int:
+        # All views: the gradients of both passes while they are added up; local rows: their positives besides; and
+        # the sums by class and by id of one view.
+        tables = views * (2 * every + 3 * rows) + 4 * (every + rows)
+        return super().memory(views, rows, every, dim) + tables * dim * 4
+
+
+class SupCon(nn.Module):
+    """The supervised contrastive loss of Khosla et al. 2020 (eq. 2, the sum outside the log), on the gathered batch.
+
+    All views of all rows together are the multi-viewed batch I. For an anchor i, with A(i) the other points of I and
+    P(i) those among them that have its class,
+
+        L = mean_i (-1 / |P(i)|) sum_{p in P(i)} log [ e^(<z_i, z_p> / tau) / sum_{a in A(i)} e^(<z_i, z_a> / tau) ]
+
+    over the anchors that have a positive. The class is the label; a sample of label -1 is a class of its own, so that
+    without labels this is NT-Xent over k views (Chen et al. 2020). Two rows of one id in one view are the same point
+    and not compared. The official code's factor tau / tau_base is left out, as in the paper.
+
+    Cost for b of n rows: k (k + 1) / 2 b n d multiplications; memory O(k n d) and one tile. State: log tau, shape [1];
+    the paper's tau is 0.1.
+    """
+
+    def __init__(self, config: SupConConfig, views: Sequence[str], exchange: Exchange):
+        super().__init__()
+        self.config, self.views, self.exchange = config, list(views), exchange
+        start = torch.full((1,), config.temperature.init).log()
+        self.log_temperature = nn.Parameter(start, requires_grad=config.temperature.learnable)
+
+    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
+        t = self.config.temperature
+        temperature = bounded_exp(self.log_temperature, t.min, t.max)
+        scale, here = 1 / temperature, len(local.ids) / len(every.ids)
+        denominators = self.denominators(local, every, scale)
+        class_of_row, class_of_any = classes(local, every)
+        points = torch.stack([held(every, v) for v in self.views]).sum(dim=0)
+        sums = sum_by_key(class_of_any, points, class_of_row)
+        parts: dict[str, Tensor] = {}
+        values, numbers = [], []
+        for u in self.views:
+            counts = self.positives(every, u, local.ids, class_of_row, class_of_any)
+            all_counts = self.positives(every, u, every.ids, class_of_any, class_of_any)
+            own = sum_by_key(every.ids, held(every, u), local.ids)
+            mean = (sums - own) / counts.clamp_min(1)[:, None]
+            losses = denominators[u] - scale * (local.z[u] * mean).sum(dim=1)
+            values.append(losses.masked_fill(~(local.present[u] & (counts > 0)), 0).sum())
+            numbers.append((every.present[u] & (all_counts > 0)).sum().to(scale.dtype) * here)
+            parts[f"loss/{u}"] = values[-1].detach() / numbers[-1].clamp_min(here)
+        parts["temperature"] = temperature[0].detach()
+        return Losses(torch.stack(values).sum() / torch.stack(numbers).sum().clamp_min(here), parts)
+
+    def denominators(
+        self, local: Embeddings, every: Embeddings, scale: Float[Tensor, "1"]
+    ) -> dict[str, Float[Tensor, " b"]]:
+        """For each anchor view, log-sum-exp over all other points of all views."""
+        pairs, own = list(combinations(self.views, 2)), [(v, v) for v in self.views]
+        sums = all_pairs(local, every, pairs, scale.expand(len(pairs)), self.exchange)
+        sums |= all_pairs(local, every, own, scale.expand(len(own)), self.exchange, apart=True)
+        terms = {u: [sums[u, v].lse for v in self.views] for u in self.views}
+        return {u: torch.stack(found).clamp_min(LOWEST).logsumexp(dim=0) for u, found in terms.items()}
+
+    def positives(
+        self, every: Embeddings, u: str, ids: Int[Tensor, " b"], asked: Int[Tensor, " b"], known: Int[Tensor, " n"]
+    ) -> Int[Tensor, " b"]:
+        """The number of positives of rows of view u with these ids and classes."""
+        count = sum(count_by_key(known, every.present[v], asked) for v in self.views)
+        return count - count_by_key(every.ids, every.present[u], ids)
+
+
+def held(table: Embeddings, v: str) -> Float[Tensor, "n d"]:
+    """A view's rows; zeros where it is missing."""
+    return table.z[v] * table.present[v].to(table.z[v].dtype)[:, None]
+
+
+def classes(local: Embeddings, every: Embeddings) -> tuple[Int[Tensor, " b"], Int[Tensor, " n"]]:
+    """The classes of local rows and of every row: the label that a row of the id has, or else a number of its own."""
+    unique, group = every.ids.unique(return_inverse=True)
+    label = every.labels.new_full((len(unique),), -1).scatter_reduce(0, group, every.labels, "amax")
+    own = every.labels.amax().clamp_min(-1) + 1 + torch.arange(len(unique), device=unique.device)
+    found = torch.where(label >= 0, label, own)
+    return found[torch.searchsorted(unique, local.ids)], found[group]

@@ -1,0 +1,102 @@
+"""One pass over a table of similarities, both directions, against the dense formula; and how far the scales may lie."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mvpretrain.numerics import products
+from mvpretrain.numerics.products import Which
+from tests.numerics.test_tiles import case, ids_of
+
+SIZES = [(1, 1), (4, 5), (5, 4), (9, 11), (16, 6)]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(products, "ROWS", 4)
+    monkeypatch.setattr(products, "COLUMNS", 5)
+
+
+def drawn(b: int, n: int, with_ids: bool, scale: float = 7.0, dtype=torch.float64):
+    rows, columns, _, valid = case(b, n, dtype=dtype)
+    row_valid = torch.rand(b, generator=torch.Generator().manual_seed(b)) < 0.8
+    return (
+        rows,
+        columns,
+        torch.tensor([scale], dtype=dtype),
+        Which(row_valid, valid, *(ids_of(b, n) if with_ids else ())),
+    )
+
+
+def dense(rows: Tensor, columns: Tensor, scale: Tensor, which: Which) -> Tensor:
+    counts = which.rows[:, None] & which.columns
+    if which.row_ids is not None:
+        counts = counts & (which.row_ids[:, None] != which.column_ids)
+    return (scale * rows @ columns.T).masked_fill(~counts, -torch.inf)
+
+
+@pytest.mark.parametrize("scale", [7.0, 300.0], ids=["near", "far"])
+@pytest.mark.parametrize("with_ids", [False, True])
+@pytest.mark.parametrize(("b", "n"), SIZES)
+def test_sums_are_those_of_the_dense_table(b, n, with_ids, scale):
+    """300: similarities so far apart that one exponential cannot serve rows and columns."""
+    rows, columns, factor, which = drawn(b, n, with_ids, scale)
+    by_row, by_column = products.forward(rows, columns, factor, which, both=True)
+    whole = dense(rows, columns, factor, which)
+    assert by_column is not None
+    for found, dim in ((by_row, 1), (by_column, 0)):
+        torch.testing.assert_close(found.lse, whole.logsumexp(dim), rtol=1e-12, atol=1e-12)
+        some = found.lse > -torch.inf
+        assert torch.equal(found.best[some], whole.argmax(dim)[some]) and not found.best[~some].any()
+    alone, none = products.forward(rows, columns, factor, which, both=False)
+    torch.testing.assert_close(alone, by_row, rtol=1e-12, atol=1e-12)
+    assert none is None
+
+
+@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize("scale", [7.0, 300.0], ids=["near", "far"])
+@pytest.mark.parametrize("with_ids", [False, True])
+@pytest.mark.parametrize(("b", "n"), SIZES)
+def test_gradient_is_that_of_the_dense_table(b, n, with_ids, scale, both):
+    rows, columns, factor, which = drawn(b, n, with_ids, scale)
+    leaves = rows.requires_grad_(), columns.requires_grad_()
+    whole = dense(*leaves, factor, which)
+    row_lse, column_lse = whole.logsumexp(1), whole.logsumexp(0)
+    make = torch.Generator().manual_seed(3)
+    row_grad, column_grad = (torch.randn(len(x), generator=make, dtype=x.dtype) for x in (row_lse, column_lse))
+    value = (row_lse * row_grad)[row_lse > -torch.inf].sum()
+    if both:
+        value = value + (column_lse * column_grad)[column_lse > -torch.inf].sum()
+    # Sums of nothing: autograd makes NaN of them, the closed form must not.
+    wanted = [x.nan_to_num(0) for x in torch.autograd.grad(value, leaves)] if value.requires_grad else []
+    if not torch.isfinite(whole).any():
+        wanted = [torch.zeros_like(x) for x in leaves]
+    rows, columns = rows.detach(), columns.detach()
+    by_column = (column_lse.detach(), column_grad) if both else None
+    found = products.backward(rows, columns, factor, which, (row_lse.detach(), row_grad), by_column)
+    empty_rows, empty_columns = row_lse == -torch.inf, column_lse == -torch.inf
+    wanted[0][empty_rows] = 0
+    wanted[1][empty_columns] = 0
+    torch.testing.assert_close([x * factor for x in found], wanted, rtol=1e-10, atol=1e-11)
+
+
+def test_float32_at_scale_100_keeps_its_digits():
+    rows, columns, scale, which = drawn(16, 23, False, 100.0)
+    rows, columns, scale = rows.float(), columns.float(), scale.float()
+    wanted = products.forward(rows.double(), columns.double(), scale.double(), which, both=True)
+    found = products.forward(rows, columns, scale, which, both=True)
+    for one, other in zip(found, wanted):
+        assert one is not None and other is not None
+        torch.testing.assert_close(one.lse.double(), other.lse, rtol=3e-6, atol=1e-5)
+
+
+def test_rows_of_an_absent_view_leave_no_trace():
+    rows, columns, scale, which = drawn(9, 11, False)
+    rows[~which.rows] = torch.nan_to_num(rows[~which.rows]) + 5
+    other = rows.clone()
+    other[~which.rows] = 0
+    found, wanted = (products.forward(r, columns, scale, which, both=True)[1] for r in (rows, other))
+    assert found is not None and wanted is not None
+    torch.testing.assert_close(found.lse, wanted.lse, rtol=0, atol=0)

@@ -1,0 +1,68 @@
+"""What the objectives' own tests ask of any of them: exact gradients, alone and on real ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from mvpretrain import objectives
+from mvpretrain.types import Embeddings, Losses
+from tests.objectives.towers import outcome, outcome_on, relative_errors
+from tests.tables import ROWS, draw, leaves, names, rows_of, table
+
+
+def build(config: dict[str, Any], k: int) -> nn.Module:
+    """In float64, with parameters that differ where there are several."""
+    objective = objectives.build(config, names(k))
+    assert isinstance(objective, nn.Module)
+    with torch.no_grad():
+        for p in objective.parameters():
+            p.add_(torch.arange(len(p)) / 7)
+    return objective.double()
+
+
+def floats(losses: Losses) -> dict[str, float]:
+    found = {"total": losses.total} | losses.parts
+    return {name: float(x.detach()) for name, x in found.items()}
+
+
+def orthonormal(k: int) -> Embeddings:
+    """Perfect alignment: every view of a row is the same, and rows are orthogonal."""
+    rows = torch.linalg.qr(draw(3, ROWS, ROWS))[0]
+    return leaves(table(k, plain=True, dtype=torch.float64)._replace(z=dict.fromkeys(names(k), rows)))
+
+
+def assert_gradient_is_that_of_finite_differences(objective: nn.Module, k: int, labels: Tensor | None = None) -> None:
+    whole = rows_of(table(k, seed=3, dim=2, dtype=torch.float64), slice(0, 8))
+    whole = whole if labels is None else whole._replace(labels=labels)
+    state = {name: p.detach().clone().requires_grad_() for name, p in objective.named_parameters()}
+
+    def total(*given: Tensor) -> Tensor:
+        every = whole._replace(z=dict(zip(whole.z, given)))
+        return functional_call(objective, dict(zip(state, given[k:])), (every, every)).total
+
+    # fast_mode: along one random direction instead of every axis.
+    assert torch.autograd.gradcheck(total, (*leaves(whole).z.values(), *state.values()), fast_mode=True)
+
+
+def assert_ranks_are_one_process(ranks: Any, config: dict[str, Any], k: int, size: int = 2) -> None:
+    """Values and gradients of towers and parameters, float64."""
+    wanted = outcome(config, k, torch.float64)
+    for found in ranks(size).run(outcome_on, config, k, torch.float64, 1, size):
+        assert found.values == pytest.approx(wanted.values, rel=1e-10)
+        assert found.parts[0] == pytest.approx(wanted.parts[0], rel=1e-10)
+        errors = relative_errors(found.gradients, wanted.gradients)
+        assert max(errors.values()) < 1e-10, errors
+        assert all(g.abs().max() > 0 for g in wanted.gradients.values()), config
+
+
+def assert_finite(losses: Losses, whole: Embeddings) -> None:
+    """Also on the way: a NaN that a mask takes out again would stop everyone who looks for another one."""
+    with torch.autograd.set_detect_anomaly(True):
+        losses.total.backward()
+    assert losses.total.isfinite() and all(x.isfinite() for x in losses.parts.values())
+    assert all(z.grad is not None and z.grad.isfinite().all() for z in whole.z.values())
