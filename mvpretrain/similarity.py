@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from mvpretrain.exchange import Exchange
 from mvpretrain.numerics import products
+from mvpretrain.numerics.averages import count_by_key, sum_by_key
 from mvpretrain.numerics.products import Which
 from mvpretrain.numerics.tiles import exactly
 from mvpretrain.types import Embeddings
@@ -82,6 +83,11 @@ class _Job(NamedTuple):
         return slice(0, len(self.every.ids))
 
     @property
+    def crosses(self) -> bool:
+        """Whether any pair has columns of its own to sum; a view with itself has its rows' sums already."""
+        return any(u != v for u, v in self.pairs)
+
+    @property
     def own(self) -> slice:
         b = len(self.local.ids)
         return slice(self.exchange.rank * b, (self.exchange.rank + 1) * b)
@@ -114,8 +120,7 @@ class _Job(NamedTuple):
 
 def _ring(exchange: Exchange, own: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(rank, its tensor) for every rank, this one first; the next is on its way while the caller works."""
-    rank, size = exchange.rank, exchange.size
-    block = own
+    rank, size, block = exchange.rank, exchange.size, own
     for shift in range(size):
         ahead, behind = (rank + shift + 1) % size, (rank - shift - 1) % size
         coming = exchange.swap(own, to=behind, source=ahead) if shift + 1 < size else None
@@ -141,7 +146,8 @@ class _AllPairs(torch.autograd.Function):
                     column.merge(p, at, by_column, _top(block[v], local[u], scale, by_column), job.own.start)
             for way, p, a, c, present in job.directions(at):
                 positive[way, p] += (local[a] * _by_id(job, block[c], present, at, job.own)).sum(dim=1)
-        column.merge_over_ranks(job.exchange)
+        if job.crosses:
+            column.merge_over_ranks(job.exchange)
         share = torch.ones_like(positive)
         for way, p, _, c, _ in job.directions(job.whole):
             share[way, p] /= counts[c][job.own].clamp_min(1)
@@ -159,7 +165,7 @@ class _AllPairs(torch.autograd.Function):
         job: _Job = ctx.job
         scales, row_lse, column_lse, share, *tensors = ctx.saved_tensors
         local, every = job.tables(tensors)
-        column_grad = job.exchange.gather(grad[1].T.contiguous()).T
+        column_grad = job.exchange.gather(grad[1].T.contiguous()).T if job.crosses else None
         to_scales, to_local = torch.zeros_like(scales), {v: torch.zeros_like(z) for v, z in local.items()}
         to_positive = to_positive * share
         home = _Homecoming(job, to_local)
@@ -167,7 +173,7 @@ class _AllPairs(torch.autograd.Function):
             to_block = {v: torch.zeros_like(z) for v, z in block.items()}
             for p, (u, v) in enumerate(job.pairs):
                 scale, by_row = scales[p : p + 1], (row_lse[p], grad[0, p])
-                by_column = (column_lse[p, at], column_grad[p, at]) if u != v else None
+                by_column = (column_lse[p, at], column_grad[p, at]) if column_grad is not None and u != v else None
                 which, name = job.which(u, v, at), (ctx.spare, (p, at.start))
                 found = products.backward(local[u], block[v], scale, which, by_row, by_column, name)
                 # sum_ij G_ij <row_i, column_j> without another tile: it is <rows, G columns>.
@@ -198,23 +204,17 @@ class _Homecoming:
         exchange, b = self.job.exchange, len(self.job.local.ids)
         self._receive()
         shift = (at.start // max(b, 1) - exchange.rank) % exchange.size
+        to, source = (exchange.rank + shift) % exchange.size, (exchange.rank - shift) % exchange.size
         packed = torch.stack(list(to_block.values()))
-        if shift:
-            to, source = (exchange.rank + shift) % exchange.size, (exchange.rank - shift) % exchange.size
-            self.coming = exchange.swap(packed, to, source)
-            if shift + 1 == exchange.size:
-                self._receive()
-        else:
-            self._add(packed)
+        self.coming = exchange.swap(packed, to, source) if shift else lambda: packed
+        if shift + 1 == exchange.size:
+            self._receive()
 
     def _receive(self) -> None:
         if self.coming:
-            self._add(self.coming())
+            for z, more in zip(self.to_local.values(), self.coming()):
+                z += more
             self.coming = None
-
-    def _add(self, packed: Tensor) -> None:
-        for z, more in zip(self.to_local.values(), packed):
-            z += more
 
 
 class _Table(NamedTuple):
@@ -265,15 +265,34 @@ def _by_id(job: _Job, z: Tensor, present: Tensor, of: slice, at: slice) -> Tenso
     return found
 
 
+class Anchored(NamedTuple):
+    """One direction of a pair: the mean loss, and the share of anchors whose best candidate is a positive."""
+
+    loss: Float[Tensor, ""]
+    accuracy: Float[Tensor, ""]
+
+
+def anchored(
+    local: Embeddings,
+    every: Embeddings,
+    sums: Sums,
+    scale: Float[Tensor, ""],
+    others: Float[Tensor, " b"] | None = None,
+) -> Anchored:
+    """Anchors of the pair's first view against candidates of the second, and `others` in the denominator too."""
+    log_sum = sums.lse if others is None else torch.logaddexp(sums.lse, others)
+    # The global number of anchors, as seen from one of len(every) / len(local) equal parts.
+    rows = sums.anchors.clamp_min(1).to(log_sum.dtype) * (len(local.ids) / len(every.ids))
+    loss = (log_sum - scale * sums.positive).masked_fill(~sums.anchor, 0).sum() / rows
+    hits = ((every.ids[sums.best] == local.ids) & sums.anchor).sum() / rows
+    return Anchored(loss, hits.detach())
+
+
 def positive_mean(local: Embeddings, every: Embeddings, v: str) -> Float[Tensor, "b d"]:
     """For each local row, the mean of view v over the present rows of every rank that carry its id (0 where none)."""
-    unique, group = every.ids.unique(return_inverse=True)
-    present = every.present[v].to(every.z[v].dtype)
-    sums = every.z[v].new_zeros(len(unique), every.z[v].shape[1])
-    sums = sums.index_add(0, group, every.z[v] * present[:, None])
-    count = present.new_zeros(len(unique)).index_add(0, group, present)
-    mine = torch.searchsorted(unique, local.ids)
-    return sums[mine] / count[mine].clamp_min(1)[:, None]
+    held = every.z[v] * every.present[v].to(every.z[v].dtype)[:, None]
+    count = count_by_key(every.ids, every.present[v], local.ids)
+    return sum_by_key(every.ids, held, local.ids) / count.clamp_min(1)[:, None]
 
 
 def has_positive(table: Embeddings, every: Embeddings, u: str, v: str) -> Bool[Tensor, " b"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -16,6 +16,7 @@ from mvpretrain.numerics import products
 from mvpretrain.numerics.products import Running, Which, finite, scaled_tiles, slices
 
 Tensors = tuple[Tensor, ...]
+LOWEST = -1e30  # stands for log 0, of which the gradient of a log-sum-exp would make NaN
 
 
 def exactly(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,6 +68,11 @@ class _LogSumExp(torch.autograd.Function):
         # sum_ij G_ij <row_i, column_j> without another tile: it is <rows, G columns>.
         to_scale = (to_rows * rows).sum().reshape(scale.shape)
         return to_rows * scale, to_columns * scale, to_scale, None
+
+
+def together(log_sums: Sequence[Float[Tensor, " b"]]) -> Float[Tensor, " b"]:
+    """The logarithm of the sum of sums; LOWEST where all are of nothing."""
+    return torch.stack(list(log_sums)).clamp_min(LOWEST).logsumexp(dim=0)
 
 
 def softplus_sum(

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from jaxtyping import Float
 from pydantic import model_validator
+from torch import Tensor, nn
 
 from mvpretrain.config import Config, Door, Foreign, Kind, call_foreign
 from mvpretrain.exchange import Alone, Exchange
+from mvpretrain.numerics.bounded import bounded_exp
 from mvpretrain.types import Objective
 
 
@@ -42,6 +46,19 @@ class Temperature(Config):
         if not 0 < self.min <= self.init <= self.max:
             raise ValueError(f"needs 0 < min <= init <= max, got min={self.min} init={self.init} max={self.max}")
         return self
+
+    def refuse_per_pair(self, reason: str) -> None:
+        """ValueError where temperatures for pairs are asked of an objective that has one."""
+        if self.per_pair:
+            raise ValueError(f"objective.temperature.per_pair is true, but {reason}; remove per_pair")
+
+    def parameter(self, count: int = 1) -> nn.Parameter:
+        """The logarithms to learn, shape [count]."""
+        return nn.Parameter(torch.full((count,), self.init).log(), requires_grad=self.learnable)
+
+    def bounded(self, log_temperature: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """The temperatures, within [min, max]."""
+        return bounded_exp(log_temperature, self.min, self.max)
 
 
 class ForeignObjective(ObjectiveConfig, Foreign):

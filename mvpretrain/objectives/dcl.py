@@ -12,11 +12,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mvpretrain.exchange import Exchange
+from mvpretrain.numerics.tiles import LOWEST, together
 from mvpretrain.objectives import ObjectiveConfig
 from mvpretrain.similarity import Sums, all_pairs, has_positive, positive_mean
 from mvpretrain.types import Embeddings, Losses
-
-LOWEST = -1e30  # stands for log 0, of which the gradient of a log-sum-exp would make NaN
 
 
 class DCLConfig(ObjectiveConfig):
@@ -87,7 +86,7 @@ class DCL(nn.Module):
         counts = has_positive(local, every, u, v) & several
         all_counts = has_positive(every, every, u, v) & several
         scores = (local.z[u] * positive).sum(dim=1)
-        negatives = torch.stack([sums[u, u].lse, sums[u, v].lse]).clamp_min(LOWEST).logsumexp(dim=0)
+        negatives = together([sums[u, u].lse, sums[u, v].lse])
         weights = 1.0 if self.config.weighted is None else weigh(scores, every, u, v, all_counts, self.config.weighted)
         losses = negatives - weights * scores / self.config.temperature
         rows = all_counts.sum().clamp_min(1).to(losses.dtype) * (len(local.ids) / len(every.ids))

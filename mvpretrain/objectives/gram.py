@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from mvpretrain.config import unknown
 from mvpretrain.exchange import Exchange
 from mvpretrain.numerics import tuples
-from mvpretrain.numerics.bounded import bounded_exp
 from mvpretrain.numerics.tuples import Sides, Tensors, Tuples
 from mvpretrain.objectives import ObjectiveConfig, Temperature
 from mvpretrain.types import Embeddings, Losses
@@ -39,11 +38,7 @@ class GramConfig(ObjectiveConfig):
     def check(self, views: Sequence[str]) -> None:
         if self.anchors(views)[0] not in views:
             raise ValueError(unknown("view in objective.anchor", str(self.anchor), [*views, "all"]))
-        if self.temperature.per_pair:
-            raise ValueError(
-                "objective.temperature.per_pair is true, but gram compares whole tuples and has one temperature; "
-                "remove per_pair"
-            )
+        self.temperature.refuse_per_pair("gram compares whole tuples and has one temperature")
 
     def build(self, views: Sequence[str], exchange: Exchange) -> Gram:
         return Gram(self, views)
@@ -83,12 +78,10 @@ class Gram(nn.Module):
     def __init__(self, config: GramConfig, views: Sequence[str]):
         super().__init__()
         self.config, self.views, self.anchors = config, list(views), config.anchors(views)
-        start = torch.full((1,), config.temperature.init).log()
-        self.log_temperature = nn.Parameter(start, requires_grad=config.temperature.learnable)
+        self.log_temperature = config.temperature.parameter()
 
     def forward(self, local: Embeddings, every: Embeddings) -> Losses:
-        t = self.config.temperature
-        temperature = bounded_exp(self.log_temperature, t.min, t.max)
+        temperature = self.config.temperature.bounded(self.log_temperature)
         mine, theirs = tuples.whole(local, self.views), tuples.whole(every, self.views)
         rows = tuples.rows_a_part(local, every, theirs)
         parts: dict[str, Tensor] = {"temperature": temperature[0].detach()}

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mvpretrain.config import unknown
 from mvpretrain.exchange import Exchange
-from mvpretrain.numerics.bounded import bounded_exp
 from mvpretrain.objectives import ObjectiveConfig, Temperature
-from mvpretrain.similarity import Sums, all_pairs
+from mvpretrain.similarity import all_pairs, anchored
 from mvpretrain.types import Embeddings, Losses
 
 GATHERED = 2**31  # bytes of everyone's table above which `auto` takes the ring
@@ -86,8 +84,7 @@ class InfoNCE(nn.Module):
         self.views = len({v for pair in pairs for v in pair})
         weights = [config.weights.get(f"{u}-{v}", 1.0) for u, v in pairs]
         self.weights = [w / sum(weights) for w in weights]
-        start = torch.full((len(pairs) if config.temperature.per_pair else 1,), config.temperature.init).log()
-        self.log_temperature = nn.Parameter(start, requires_grad=config.temperature.learnable)
+        self.log_temperature = config.temperature.parameter(len(pairs) if config.temperature.per_pair else 1)
 
     def gathers(self, rows: int, dim: int) -> bool:
         """Whether a table of this many rows a rank is gathered, or passed round the ring of ranks."""
@@ -96,8 +93,7 @@ class InfoNCE(nn.Module):
         return rows * self.exchange.size * dim * self.views * 4 <= GATHERED
 
     def forward(self, local: Embeddings, every: Embeddings) -> Losses:
-        t = self.config.temperature
-        temperature = bounded_exp(self.log_temperature, t.min, t.max)
+        temperature = self.config.temperature.bounded(self.log_temperature)
         per_pair = temperature.expand(len(self.pairs))
         found = all_pairs(local, every, self.pairs, 1 / per_pair, self.exchange)
         others = self._in_view(local, every, 1 / per_pair)
@@ -110,9 +106,9 @@ class InfoNCE(nn.Module):
             values.append((there.loss + back.loss) / 2)
             parts[f"loss/{u}-{v}"] = values[-1].detach()
             parts[f"accuracy/{u}-{v}"] = (there.accuracy + back.accuracy) / 2
-            if t.per_pair:
+            if self.config.temperature.per_pair:
                 parts[f"temperature/{u}-{v}"] = per_pair[p].detach()
-        if not t.per_pair:
+        if not self.config.temperature.per_pair:
             parts["temperature"] = temperature[0].detach()
         total = sum(w * value for w, value in zip(self.weights, values))
         assert isinstance(total, Tensor)
@@ -132,26 +128,3 @@ class InfoNCE(nn.Module):
             own = all_pairs(local, every, [(v, v)], scales[p : p + 1], self.exchange, apart=True)
             sums[key, v] = own[v, v].lse
         return {(p, v): sums[0 if shared else p, v] for p, pair in enumerate(self.pairs) for v in pair}
-
-
-class Anchored(NamedTuple):
-    """One direction of a pair: the mean loss, and the share of anchors whose best candidate is a positive."""
-
-    loss: Float[Tensor, ""]
-    accuracy: Float[Tensor, ""]
-
-
-def anchored(
-    local: Embeddings,
-    every: Embeddings,
-    sums: Sums,
-    scale: Float[Tensor, ""],
-    others: Float[Tensor, " b"] | None,
-) -> Anchored:
-    """Anchors of the pair's first view against candidates of the second, and `others` in the denominator too."""
-    log_sum = sums.lse if others is None else torch.logaddexp(sums.lse, others)
-    # The global number of anchors, as seen from one of len(every) / len(local) equal parts.
-    rows = sums.anchors.clamp_min(1).to(log_sum.dtype) * (len(local.ids) / len(every.ids))
-    loss = (log_sum - scale * sums.positive).masked_fill(~sums.anchor, 0).sum() / rows
-    hits = ((every.ids[sums.best] == local.ids) & sums.anchor).sum() / rows
-    return Anchored(loss, hits.detach())

@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from mvpretrain.exchange import Exchange
 from mvpretrain.numerics.averages import mean_of_others
-from mvpretrain.numerics.bounded import bounded_exp
 from mvpretrain.objectives import ObjectiveConfig, Temperature
-from mvpretrain.similarity import Sums, all_pairs
+from mvpretrain.similarity import all_pairs, anchored
 from mvpretrain.types import Embeddings, Losses
 
 SHORTEST = 1e-3  # views that cancel have a mean without direction: a shorter one is not stretched to length one
@@ -57,13 +55,10 @@ class OneVsRest(nn.Module):
     def __init__(self, config: OneVsRestConfig, views: Sequence[str], exchange: Exchange):
         super().__init__()
         self.config, self.views, self.exchange = config, list(views), exchange
-        length = len(self.views) if config.temperature.per_pair else 1
-        start = torch.full((length,), config.temperature.init).log()
-        self.log_temperature = nn.Parameter(start, requires_grad=config.temperature.learnable)
+        self.log_temperature = config.temperature.parameter(len(self.views) if config.temperature.per_pair else 1)
 
     def forward(self, local: Embeddings, every: Embeddings) -> Losses:
-        t = self.config.temperature
-        temperature = bounded_exp(self.log_temperature, t.min, t.max)
+        temperature = self.config.temperature.bounded(self.log_temperature)
         per_view = temperature.expand(len(self.views))
         local, every = self.with_rest(local), self.with_rest(every)
         pairs = [(u, rest_of(u)) for u in self.views]
@@ -72,14 +67,14 @@ class OneVsRest(nn.Module):
         values = []
         for index, (u, rest) in enumerate(pairs):
             scale = 1 / per_view[index]
-            there = one_way(local, every, sums[u, rest], scale)
-            back = one_way(local, every, sums[rest, u], scale)
-            values.append((there[0] + back[0]) / 2)
+            there = anchored(local, every, sums[u, rest], scale)
+            back = anchored(local, every, sums[rest, u], scale)
+            values.append((there.loss + back.loss) / 2)
             parts[f"loss/{u}"] = values[-1].detach()
-            parts[f"accuracy/{u}"] = (there[1] + back[1]) / 2
-            if t.per_pair:
+            parts[f"accuracy/{u}"] = (there.accuracy + back.accuracy) / 2
+            if self.config.temperature.per_pair:
                 parts[f"temperature/{u}"] = per_view[index].detach()
-        if not t.per_pair:
+        if not self.config.temperature.per_pair:
             parts["temperature"] = temperature[0].detach()
         return Losses(torch.stack(values).mean(), parts)
 
@@ -96,13 +91,3 @@ class OneVsRest(nn.Module):
 
 def rest_of(view: str) -> str:
     return f"all but {view}"
-
-
-def one_way(
-    local: Embeddings, every: Embeddings, sums: Sums, scale: Float[Tensor, ""]
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """One direction: (loss, share of anchors whose best candidate is a positive)."""
-    rows = sums.anchors.clamp_min(1).to(sums.lse.dtype) * (len(local.ids) / len(every.ids))
-    loss = (sums.lse - scale * sums.positive).masked_fill(~sums.anchor, 0).sum() / rows
-    hits = ((every.ids[sums.best] == local.ids) & sums.anchor).sum() / rows
-    return loss, hits.detach()

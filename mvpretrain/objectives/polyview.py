@@ -14,12 +14,10 @@ from torch.nn.functional import logsigmoid
 from mvpretrain.exchange import Exchange
 from mvpretrain.numerics import tiles
 from mvpretrain.numerics.averages import mean_of_others
-from mvpretrain.numerics.bounded import bounded_exp
+from mvpretrain.numerics.tiles import LOWEST, together
 from mvpretrain.objectives import ObjectiveConfig, Temperature
 from mvpretrain.similarity import all_pairs, has_positive, positive_mean
 from mvpretrain.types import Embeddings, Losses
-
-LOWEST = -1e30  # stands for log 0, of which the gradients below would make NaN
 
 
 class PolyviewConfig(ObjectiveConfig):
@@ -34,11 +32,7 @@ class PolyviewConfig(ObjectiveConfig):
     temperature: Temperature = Temperature()
 
     def check(self, views: Sequence[str]) -> None:
-        if self.temperature.per_pair:
-            raise ValueError(
-                "objective.temperature.per_pair is true, but polyview has one denominator over all views and so one "
-                "temperature; remove per_pair"
-            )
+        self.temperature.refuse_per_pair("polyview has one denominator over all views and so one temperature")
 
     def build(self, views: Sequence[str], exchange: Exchange) -> Polyview:
         return Polyview(self, views, exchange)
@@ -73,12 +67,10 @@ class Polyview(nn.Module):
     def __init__(self, config: PolyviewConfig, views: Sequence[str], exchange: Exchange):
         super().__init__()
         self.config, self.views, self.exchange = config, list(views), exchange
-        start = torch.full((1,), config.temperature.init).log()
-        self.log_temperature = nn.Parameter(start, requires_grad=config.temperature.learnable)
+        self.log_temperature = config.temperature.parameter()
 
     def forward(self, local: Embeddings, every: Embeddings) -> Losses:
-        t = self.config.temperature
-        temperature = bounded_exp(self.log_temperature, t.min, t.max)
+        temperature = self.config.temperature.bounded(self.log_temperature)
         scale, here = 1 / temperature, len(local.ids) / len(every.ids)
         sufficient = self.config.form == "sufficient"
         candidates = of_other_views(every, self.views) if sufficient else every
@@ -136,7 +128,3 @@ def average_negatives(
         for v in views
     }
     return {a: together([sums[a, v] for v in views]) for a in views}
-
-
-def together(log_sums: list[Float[Tensor, " b"]]) -> Float[Tensor, " b"]:
-    return torch.stack(log_sums).clamp_min(LOWEST).logsumexp(dim=0)

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 from mvpretrain.exchange import Exchange
 from mvpretrain.numerics.averages import count_by_key, sum_by_key
-from mvpretrain.numerics.bounded import bounded_exp
+from mvpretrain.numerics.tiles import together
 from mvpretrain.objectives import ObjectiveConfig, Temperature
 from mvpretrain.similarity import all_pairs
 from mvpretrain.types import Embeddings, Losses
-
-LOWEST = -1e30  # stands for log 0, of which the gradient of a log-sum-exp would make NaN
 
 
 class SupConConfig(ObjectiveConfig):
@@ -27,11 +25,7 @@ class SupConConfig(ObjectiveConfig):
     temperature: Temperature = Temperature()
 
     def check(self, views: Sequence[str]) -> None:
-        if self.temperature.per_pair:
-            raise ValueError(
-                "objective.temperature.per_pair is true, but supcon has one denominator over all views and so one "
-                "temperature; remove per_pair"
-            )
+        self.temperature.refuse_per_pair("supcon has one denominator over all views and so one temperature")
 
     def build(self, views: Sequence[str], exchange: Exchange) -> SupCon:
         return SupCon(self, views, exchange)
@@ -62,12 +56,10 @@ class SupCon(nn.Module):
     def __init__(self, config: SupConConfig, views: Sequence[str], exchange: Exchange):
         super().__init__()
         self.config, self.views, self.exchange = config, list(views), exchange
-        start = torch.full((1,), config.temperature.init).log()
-        self.log_temperature = nn.Parameter(start, requires_grad=config.temperature.learnable)
+        self.log_temperature = config.temperature.parameter()
 
     def forward(self, local: Embeddings, every: Embeddings) -> Losses:
-        t = self.config.temperature
-        temperature = bounded_exp(self.log_temperature, t.min, t.max)
+        temperature = self.config.temperature.bounded(self.log_temperature)
         scale, here = 1 / temperature, len(local.ids) / len(every.ids)
         denominators = self.denominators(local, every, scale)
         class_of_row, class_of_any = classes(local, every)
@@ -94,8 +86,7 @@ class SupCon(nn.Module):
         pairs, own = list(combinations(self.views, 2)), [(v, v) for v in self.views]
         sums = all_pairs(local, every, pairs, scale.expand(len(pairs)), self.exchange)
         sums |= all_pairs(local, every, own, scale.expand(len(own)), self.exchange, apart=True)
-        terms = {u: [sums[u, v].lse for v in self.views] for u in self.views}
-        return {u: torch.stack(found).clamp_min(LOWEST).logsumexp(dim=0) for u, found in terms.items()}
+        return {u: together([sums[u, v].lse for v in self.views]) for u in self.views}
 
     def positives(
         self, every: Embeddings, u: str, ids: Int[Tensor, " b"], asked: Int[Tensor, " b"], known: Int[Tensor, " n"]
