@@ -100,11 +100,16 @@ class Ranks:
         return wait
 
 
+# Newer versions of torch warn of the older names.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         every = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(every, x.contiguous())
+        _all_gather(every, x.contiguous())
         return every
 
     @staticmethod
@@ -112,7 +117,7 @@ class _Gather(torch.autograd.Function):
         # A row is used by the objective of every rank, so its gradient is the sum of theirs: no 1/W here. The engine's
         # average over ranks is the only factor, and objectives return means, so that it is the right one.
         local = grad.new_empty(len(grad) // dist.get_world_size(), *grad.shape[1:])
-        dist.reduce_scatter_tensor(local, grad.contiguous(), op=dist.ReduceOp.SUM)
+        _reduce_scatter(local, grad.contiguous(), op=dist.ReduceOp.SUM)
         return local
 
 

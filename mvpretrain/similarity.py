@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from mvpretrain.exchange import Exchange
 from mvpretrain.numerics import products
-from mvpretrain.numerics.averages import count_by_key, sum_by_key
+from mvpretrain.numerics.averages import Groups, count_by_key, sum_by_key
 from mvpretrain.numerics.products import Which
 from mvpretrain.numerics.tiles import exactly
 from mvpretrain.types import Embeddings
@@ -54,9 +54,8 @@ def all_pairs(
             f"everyone's table has {len(every.ids)} rows and this rank's {len(local.ids)}, but the objective was built "
             f"for {exchange.size} rank(s); build it with the exchange that shares the tables"
         )
-    ids, group = every.ids.unique(return_inverse=True)
-    job = _Job(exchange, list(pairs), local, every, apart, group, len(ids))
-    counts = {v: _by_id(job, p[:, None].float(), p, job.whole, job.whole).squeeze(1) for v, p in every.present.items()}
+    job = _Job(exchange, list(pairs), local, every, apart, Groups.by(every.ids))
+    counts = {v: job.groups.sum(p[:, None].float(), job.whole, job.whole).squeeze(1) for v, p in every.present.items()}
     tables = [*local.z.values(), *every.z.values()]
     lse, best, positive = _AllPairs.apply(job, scales, counts, *tables)  # type: ignore[misc]
     found = {}
@@ -75,8 +74,7 @@ class _Job(NamedTuple):
     local: Embeddings
     every: Embeddings
     apart: bool
-    group: Int[Tensor, " n"]  # rows of one id have one number
-    groups: int
+    groups: Groups  # by id
 
     @property
     def whole(self) -> slice:
@@ -145,7 +143,7 @@ class _AllPairs(torch.autograd.Function):
                 if by_column:
                     column.merge(p, at, by_column, _top(block[v], local[u], scale, by_column), job.own.start)
             for way, p, a, c, present in job.directions(at):
-                positive[way, p] += (local[a] * _by_id(job, block[c], present, at, job.own)).sum(dim=1)
+                positive[way, p] += (local[a] * job.groups.sum(block[c] * present[:, None], at, job.own)).sum(dim=1)
         if job.crosses:
             column.merge_over_ranks(job.exchange)
         share = torch.ones_like(positive)
@@ -182,8 +180,8 @@ class _AllPairs(torch.autograd.Function):
                 to_block[v].addcmul_(found[1], scale)
             for way, p, a, c, present in job.directions(at):
                 weight = to_positive[way, p, :, None]
-                to_local[a].addcmul_(_by_id(job, block[c], present, at, job.own), weight)
-                back = _by_id(job, local[a] * weight, job.local.present[a], job.own, at)
+                to_local[a].addcmul_(job.groups.sum(block[c] * present[:, None], at, job.own), weight)
+                back = job.groups.sum(local[a] * (weight * job.local.present[a][:, None]), job.own, at)
                 to_block[c].addcmul_(back, present[:, None].to(back.dtype))
             home.send(at, to_block)
         return None, to_scales, None, *to_local.values(), *(home.gathered.values() if every else ())
@@ -249,20 +247,6 @@ def _top(rows: Tensor, columns: Tensor, scale: Tensor, sums: products.Sums) -> T
     """The largest term of each row's sum."""
     top = (rows * columns[sums.best]).sum(dim=1) * scale if len(columns) else torch.zeros_like(sums.lse)
     return top.masked_fill(sums.lse == -torch.inf, -torch.inf)
-
-
-def _by_id(job: _Job, z: Tensor, present: Tensor, of: slice, at: slice) -> Tensor:
-    """For each row of `at`, the sum of the present ones among the rows z of `of` that carry its id."""
-    z = z * present[:, None]
-    if job.groups < len(job.group):
-        return z.new_zeros(job.groups, z.shape[1]).index_add_(0, job.group[of], z)[job.group[at]]
-    if of == at:
-        return z
-    # No id comes twice: a row's id is its own, if anybody's.
-    found, first, last = z.new_zeros(at.stop - at.start, z.shape[1]), max(of.start, at.start), min(of.stop, at.stop)
-    if first < last:
-        found[first - at.start : last - at.start] = z[first - of.start : last - of.start]
-    return found
 
 
 class Anchored(NamedTuple):

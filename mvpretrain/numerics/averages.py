@@ -1,6 +1,8 @@
-"""Sums of the rows that share a key, and the mean of a row's other views."""
+"""Sums and means of the rows that share a key, and the mean of a row's other views."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +20,46 @@ def count_by_key(keys: Int[Tensor, " n"], valid: Bool[Tensor, " n"], asked: Int[
     """For each key of `asked`, how many of the valid rows carry it."""
     carried = keys[valid].sort().values
     return torch.searchsorted(carried, asked, right=True) - torch.searchsorted(carried, asked)
+
+
+class Groups(NamedTuple):
+    """Rows by key: those of one key have one number."""
+
+    of: Int[Tensor, " n"]
+    count: int
+
+    @classmethod
+    def by(cls, keys: Int[Tensor, " n"]) -> Groups:
+        unique, of = keys.unique(return_inverse=True)
+        return cls(of, len(unique))
+
+    def sum(self, rows: Float[Tensor, "m d"], of: slice, at: slice) -> Float[Tensor, "b d"]:
+        """For each row number in `at`, the sum of `rows`, which are those numbered `of`, that have its key."""
+        if self.count < len(self.of):
+            return rows.new_zeros(self.count, rows.shape[1]).index_add_(0, self.of[of], rows)[self.of[at]]
+        if of == at:
+            return rows
+        # No key comes twice: a row's key is its own, if anybody's.
+        found = rows.new_zeros(at.stop - at.start, rows.shape[1])
+        first, last = max(of.start, at.start), min(of.stop, at.stop)
+        if first < last:
+            found[first - at.start : last - at.start] = rows[first - of.start : last - of.start]
+        return found
+
+
+def mean_within(groups: Groups, values: Float[Tensor, "n m"], valid: Bool[Tensor, "n m"]) -> Float[Tensor, " n"]:
+    """For each row, the mean of all valid values in the rows of its key; NaN where there is none."""
+    whole = slice(0, len(values))
+    sums = groups.sum(torch.stack([values.masked_fill(~valid, 0).sum(1), valid.sum(1).to(values)], dim=1), whole, whole)
+    return sums[:, 0] / sums[:, 1]
+
+
+def log_mean_within(groups: Groups, logs: Float[Tensor, "n m"], valid: Bool[Tensor, "n m"]) -> Float[Tensor, " n"]:
+    """The logarithm of the mean of e^logs, as `mean_within`."""
+    logs = logs.masked_fill(~valid, -torch.inf)
+    top = logs.new_full((groups.count,), -torch.inf).scatter_reduce(0, groups.of, logs.amax(dim=1), "amax")[groups.of]
+    safe = top.masked_fill(top == -torch.inf, 0)
+    return mean_within(groups, (logs - safe[:, None]).exp(), valid).log() + safe
 
 
 def mean_of_others(
