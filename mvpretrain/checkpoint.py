@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from mvpretrain import sharded
 from mvpretrain.engine import Engine
 from mvpretrain.exchange import Exchange
 from mvpretrain.recipe import Recipe
@@ -67,6 +68,7 @@ def save(run: Path, engine: Engine, recipe: Recipe, place: Place) -> Path:
         partial.mkdir(parents=True)
     exchange.largest(0)  # a barrier: nobody writes before the folder is there
     engine.save(partial)
+    sharded.save(engine.task, partial, rank)
     torch.save(_generators(), partial / f"rank-{rank}.pt")
     weights = engine.weights()
     if rank == 0:
@@ -88,6 +90,7 @@ def load(path: Path, engine: Engine) -> Place:
     world = engine.world
     meta = refuse_other_world(path, world.kind, world.size)
     engine.load(path)
+    sharded.restore(engine.task, path)
     generators = path / f"rank-{world.rank}.pt"
     if generators.is_file():
         _restore(torch.load(generators, weights_only=False))

@@ -164,6 +164,15 @@ def share(
     )
 
 
+def refuse_other_ranks(local: Embeddings, every: Embeddings, exchange: Exchange) -> None:
+    """ValueError where two tables are not this rank's and everyone's of these ranks."""
+    if len(every.ids) != exchange.size * len(local.ids):
+        raise ValueError(
+            f"everyone's table has {len(every.ids)} rows and this rank's {len(local.ids)}, but the objective was built "
+            f"for {exchange.size} rank(s); build it with the exchange that shares the tables"
+        )
+
+
 def padded(table: Embeddings, rows: int) -> Embeddings:
     """The table with absent rows appended up to `rows`; their ids and labels are -1."""
     more = rows - len(table.ids)

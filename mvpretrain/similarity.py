@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mvpretrain.exchange import Exchange
+from mvpretrain.exchange import Exchange, refuse_other_ranks
 from mvpretrain.numerics import products
 from mvpretrain.numerics.averages import Groups, count_by_key, sum_by_key
 from mvpretrain.numerics.products import Which
@@ -49,11 +49,7 @@ def all_pairs(
     Cost for b of n rows and a pair: b n d multiplications forward, 3 b n d backward. Memory: O(n d) for each view when
     gathered, O(b d) in the ring, and O(n) for each pair. Messages: three of n numbers a pair forward, one backward.
     """
-    if len(every.ids) != exchange.size * len(local.ids):
-        raise ValueError(
-            f"everyone's table has {len(every.ids)} rows and this rank's {len(local.ids)}, but the objective was built "
-            f"for {exchange.size} rank(s); build it with the exchange that shares the tables"
-        )
+    refuse_other_ranks(local, every, exchange)
     job = _Job(exchange, list(pairs), local, every, apart, Groups.by(every.ids))
     counts = {v: job.groups.sum(p[:, None].float(), job.whole, job.whole).squeeze(1) for v, p in every.present.items()}
     tables = [*local.z.values(), *every.z.values()]

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 HOUSE = (
     "types config",
     "numerics exchange stopwatch shards views encoders blocks",
-    "similarity",
+    "similarity directed sharded",
+    "moving",
     "objectives",
     "task",
     "optim",

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mvpretrain import sharded
 from mvpretrain.engine.step import Engine, Step, agree, autocast, put_back, remember
 from mvpretrain.task import Pull, Task
 from mvpretrain.types import Batch, Embeddings, Losses, View
@@ -37,6 +38,7 @@ def step(engine: Engine, batch: Batch, values: Sequence[float]) -> Step:
             norm, good = engine.descend()
     if not good:
         put_back(task, before)
+        sharded.forget(task)
     task.stopwatch.step()
     return Step(loss, losses.parts, norm, good, sums)
 

@@ -32,6 +32,9 @@ class Keyed:
     def nbytes(self) -> int:
         return self.keys.nbytes + self.taken.nbytes + self.rows.nbytes
 
+    def to(self, device: torch.device) -> None:
+        self.keys, self.taken, self.rows = (x.to(device) for x in (self.keys, self.taken, self.rows))
+
     def get(self, keys: Int[Tensor, " b"]) -> Float[Tensor, "b c"]:
         """The keys' numbers, NaN where a key was never set; keys may repeat."""
         found = self._walk(keys, claim=False)
@@ -70,10 +73,10 @@ class Keyed:
         return found
 
     def _grow(self, least: int) -> None:
-        """Move everything into a table that holds `least` keys and is at most half full."""
+        """Move everything into the smallest table that has room for `least` keys."""
         keys, rows = self.keys[self.taken], self.rows[self.taken]
         slots = len(self.keys)
-        while FULLEST * slots < 2 * least:
+        while FULLEST * slots < least:
             slots *= 2
         self.count = 0
         self._lay_out(slots, rows.dtype, rows.device)
@@ -81,7 +84,7 @@ class Keyed:
 
 
 def mixed(keys: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
-    """A bijection of 64-bit integers under which neighbours lie far apart (the finaliser of SplitMix64, Steele 2014)."""
+    """A bijection of 64-bit integers that takes neighbours far apart: SplitMix64 (Steele et al. 2014)."""
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         keys = (keys ^ _shifted(keys, shift)) * factor
     return keys ^ _shifted(keys, 31)

@@ -99,11 +99,13 @@ def backward(
     by_row: tuple[Float[Tensor, " b"], Float[Tensor, " b"]],
     by_column: tuple[Float[Tensor, " n"], Float[Tensor, " n"]] | None,
     spare: tuple[Spare, Hashable] | None = None,
+    sides: tuple[bool, bool] = (True, True),
 ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "n d"]]:
     """(G columns, G^T rows) with G_ij = g_i e^(s_ij - lse_i) + h_j e^(s_ij - lse_j), the factor `scale` left out.
 
     `by_row` is (lse, its gradient g) of the rows, `by_column` (lse, h) of the columns: they may be sums over more than
-    these rows. One product recomputes a tile, two use it. -inf sums have no gradient.
+    these rows. One product recomputes a tile, two use it; a side that is not asked for stays 0. -inf sums have no
+    gradient.
     """
     if _on_gpu(rows, columns):
         return _fused_backward(rows, columns, scale, which, by_row, by_column)
@@ -113,8 +115,10 @@ def backward(
     for i, j, tile in scaled_tiles(rows, columns, scale, which, spare):
         to_column = None if column_lse is None or column_grad is None else (column_lse[j], column_grad[j])
         weight = _weight(tile, (row_lse[i], row_grad[i]), to_column)
-        to_rows[i].addmm_(weight, columns[j])
-        to_columns[j].addmm_(weight.T, rows[i])
+        if sides[0]:
+            to_rows[i].addmm_(weight, columns[j])
+        if sides[1]:
+            to_columns[j].addmm_(weight.T, rows[i])
     return to_rows, to_columns
 
 

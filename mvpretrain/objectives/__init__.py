@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mvpretrain.config import Config, Door, Foreign, Kind, call_foreign
+from mvpretrain.config import Config, Door, Foreign, Kind, call_foreign, unknown
+from mvpretrain.directed import Gradient
 from mvpretrain.exchange import Alone, Exchange
+from mvpretrain.moving import Gamma, Settings
 from mvpretrain.numerics.bounded import bounded_exp
 from mvpretrain.types import Objective
 
@@ -22,6 +25,10 @@ class ObjectiveConfig(Kind):
     def check(self, views: Sequence[str]) -> None:
         """ValueError where the objective asks for a view that is not among `views`."""
 
+    def for_dim(self, dim: int) -> ObjectiveConfig:
+        """These settings for tables of this width: only objectives with networks of their own need to know it."""
+        return self
+
     def build(self, views: Sequence[str], exchange: Exchange) -> Objective:
         """The objective over these views; `exchange` is for those that must tell ranks more than the table."""
         raise TypeError(f"{type(self).__name__} must define build")
@@ -30,6 +37,61 @@ class ObjectiveConfig(Kind):
         """Bytes that one rank holds at the peak of loss and gradient, beyond its own embeddings."""
         table = every * dim * views * 4
         return 3 * table  # the gathered table, its gradient, and the packed copy
+
+
+def listed_pairs(pairs: str | Sequence[tuple[str, str]], views: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs that `all`, a view's name (that view against each other one) or a list of pairs stand for."""
+    if pairs == "all":
+        return list(combinations(views, 2))
+    if isinstance(pairs, str):
+        return [(pairs, v) for v in views if v != pairs]
+    return list(pairs)
+
+
+def check_pairs(pairs: str | Sequence[tuple[str, str]], views: Sequence[str]) -> None:
+    """ValueError where pairs name a view that is not there, or one against itself, or nothing at all."""
+    listed = listed_pairs(pairs, views)
+    for v in {v for pair in listed for v in pair}:
+        if v not in views:
+            raise ValueError(unknown("view in objective.pairs", v, views))
+    for u, v in listed:
+        if u == v:
+            raise ValueError(f"objective.pairs names {u!r} against itself; a pair is two different views")
+    if not listed:
+        raise ValueError("objective.pairs is empty; write all, a view's name, or a list of pairs")
+
+
+class AveragedConfig(ObjectiveConfig):
+    """What objectives against the whole data set have in common: moving averages kept for each sample.
+
+    `pairs` as infonce has them. `gamma` is a batch's share in the averages. `in_view: true` is for two augmentations of
+    one image: negatives are the other samples of both views, and a sample has one average for the pair. `eps` is a
+    margin more than a guard: an anchor whose negatives together are below it stops counting. `gradient: scalars` sends
+    numbers instead of gradients of rows between ranks, at the same result. `device: true` keeps the averages on the
+    GPU. `published: true` does as the authors' code does where that is not the paper; each kind says in what.
+    """
+
+    pairs: str | tuple[tuple[str, str], ...] = "all"
+    gamma: Gamma = Gamma()
+    eps: float = Field(default=1e-14, ge=0, lt=1)
+    in_view: bool = False
+    gradient: Gradient = "scalars"
+    device: bool = False
+    published: bool = False
+
+    def check(self, views: Sequence[str]) -> None:
+        check_pairs(self.pairs, views)
+
+    def settings(self, views: Sequence[str]) -> Settings:
+        """How the averages are taken, over these views."""
+        pairs = listed_pairs(self.pairs, views)
+        return Settings(pairs, self.gamma, self.eps, self.in_view, self.gradient, self.device)
+
+    def memory(self, views: int, rows: int, every: int, dim: int) -> int:
+        # The anchors' means of candidates, gradients of all views, and two scaled tables of one view.
+        pairs = views * (views - 1) // 2 if isinstance(self.pairs, str) else len(self.pairs)
+        ways = (4 if self.in_view else 2) * pairs
+        return super().memory(views, rows, every, dim) + ((ways + 2 * views) * rows + 2 * every) * dim * 4
 
 
 class Temperature(Config):

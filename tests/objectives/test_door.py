@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from mvpretrain import sharded
 from mvpretrain.exchange import padded
 from mvpretrain.objectives import door
 from mvpretrain.types import Embeddings, Losses
@@ -148,7 +149,7 @@ def test_half_precision_is_refused_or_computed_well(config):
 
 
 @config_of
-def test_state_is_saved_and_loaded(config):
+def test_state_is_saved_and_loaded(config, tmp_path):
     k = some_k(config)
     first, second = build(config, k, torch.float32), build(config, k, torch.float32)
     if not isinstance(first, nn.Module) or not isinstance(second, nn.Module):
@@ -158,4 +159,6 @@ def test_state_is_saved_and_loaded(config):
             p += 0.1
     first(table(k), table(k))
     second.load_state_dict(first.state_dict())
+    sharded.save(first, tmp_path, 0)
+    sharded.restore(second, tmp_path)
     torch.testing.assert_close(second(table(k, 1), table(k, 1)).total, first(table(k, 1), table(k, 1)).total)

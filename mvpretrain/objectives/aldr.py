@@ -1,0 +1,127 @@
+"""ALDR: label-distributionally robust contrastive learning, with individual temperatures in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from mvpretrain.directed import Found, Gradient, directed
+from mvpretrain.exchange import Exchange
+from mvpretrain.numerics.averages import Groups, mean_within
+from mvpretrain.objectives import ObjectiveConfig, check_pairs, listed_pairs
+from mvpretrain.sharded import Sharded
+from mvpretrain.types import Embeddings, Losses
+
+
+class ALDRConfig(ObjectiveConfig):
+    """A robust softmax loss whose temperature falls where an anchor's candidates are told apart clearly.
+
+    `temperature` is the largest (lambda_0) and `alpha` says how far below it one can be: down to (1 - 1 / alpha) of it.
+    The paper's lambda_0 of 1 is for the logits of a classifier; cosines want a smaller one. `margin` is added to
+    negatives.
+    """
+
+    kind: Literal["aldr"] = "aldr"
+    pairs: str | tuple[tuple[str, str], ...] = "all"
+    temperature: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    alpha: float = Field(default=2.0, gt=1, allow_inf_nan=False)
+    margin: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    gradient: Gradient = "scalars"
+    device: bool = False
+
+    def check(self, views: Sequence[str]) -> None:
+        check_pairs(self.pairs, views)
+
+    def build(self, views: Sequence[str], exchange: Exchange) -> ALDR:
+        return ALDR(self, views, exchange)
+
+    def memory(self, views: int, rows: int, every: int, dim: int) -> int:
+        pairs = views * (views - 1) // 2 if isinstance(self.pairs, str) else len(self.pairs)
+        return super().memory(views, rows, every, dim) + ((2 * pairs + 2 * views) * rows + 2 * every) * dim * 4
+
+
+class ALDR(nn.Module):
+    """The mean over pairs, and their two directions, of ALDR-KL (Zhu et al. 2023) on the gathered batch:
+
+        l_i = lambda_i log[ (1/K) (1 + sum_(j != i) e^((c + s_ij - s_ii) / lambda_i)) ]
+              - alpha log K / (2 lambda_0) (lambda_i - lambda_0)^2
+
+    over an anchor's K candidates, its positive among them. With p the softmax of s_i / lambda_i over them,
+
+        lambda_i = lambda_0 - lambda_0 KL(p, uniform) / (alpha log K)
+
+    is a constant to the gradient, found by one step of this fixed-point iteration a visit from where the sample's last
+    visit left it (lambda_0 at first); in between it is kept by id. There is no rate to choose. Logits are cosines here
+    and are not normalised by their mean size as in the authors' code. Rows of equal ids are positives (their mean
+    similarity) and share their lambda, the mean of theirs.
+
+    Cost for b of n rows and a pair: 16 b n d multiplications; memory O(k n d) and one tile. State: one number an id and
+    direction.
+    """
+
+    def __init__(self, config: ALDRConfig, views: Sequence[str], exchange: Exchange):
+        super().__init__()
+        self.config, self.exchange = config, exchange
+        self.pairs = listed_pairs(config.pairs, views)
+        self.ways = [way for u, v in self.pairs for way in ((u, v), (v, u))]
+        self.store = Sharded(len(self.ways), exchange, config.device)
+
+    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
+        like = next(iter(local.z.values())).detach()
+        old = self.store.read(every.ids, like.to(torch.promote_types(like.dtype, torch.float32)))
+        old = old.nan_to_num(nan=self.config.temperature)
+        b = len(local.ids)
+        own = slice(self.exchange.rank * b, (self.exchange.rank + 1) * b)
+        new, counts = self.sharpened(local, every, old, own)
+        temperatures = new[own].T.contiguous()
+        found = directed(local, every, self.ways, 1 / temperatures, self.exchange, True, self.config.gradient)
+        here = b / len(every.ids)
+        values, hits = [], []
+        for w, f in enumerate(found):
+            rows, number = counts[own, w], counts[:, w].sum().clamp_min(1) * here
+            values.append(self.losses(f, temperatures[w], rows).masked_fill(~rows, 0).sum() / number)
+            hits.append(((f.positive > f.top) & rows).sum() / number)
+        if self.training:
+            self.store.write(every.ids[counts.any(dim=1)], new[counts.any(dim=1)])
+        parts = {}
+        for p, (u, v) in enumerate(self.pairs):
+            parts[f"loss/{u}-{v}"] = ((values[2 * p] + values[2 * p + 1]) / 2).detach()
+            parts[f"accuracy/{u}-{v}"] = (hits[2 * p] + hits[2 * p + 1]) / 2
+        parts["temperature"], parts["temperature/spread"] = temperatures.mean(), temperatures.std(correction=0)
+        return Losses(torch.stack(values).mean(), parts)
+
+    @torch.no_grad()
+    def sharpened(
+        self, local: Embeddings, every: Embeddings, old: Float[Tensor, "n w"], own: slice
+    ) -> tuple[Float[Tensor, "n w"], Bool[Tensor, "n w"]]:
+        """(everyone's temperatures after this batch, which rows are anchors of which way)."""
+        before = old[own].T.contiguous()
+        found = directed(local, every, self.ways, 1 / before, self.exchange, True, self.config.gradient)
+        c, columns = self.config, []
+        for f, temperature in zip(found, before, strict=True):
+            counts = f.anchor & (f.candidates > 0)
+            log_k = (f.candidates + 1).to(temperature).log()
+            positive = f.positive / temperature
+            log_sum = torch.logaddexp(f.lse - positive, torch.zeros_like(positive))  # less the positive's own logit
+            mean = (1 - (-log_sum).exp()) * (f.mean - positive)
+            divergence = (log_k + mean - log_sum).clamp_min(0)
+            columns.append(torch.stack([c.temperature * (1 - divergence / (c.alpha * log_k)), counts.to(mean)]))
+        packed = torch.stack(columns).permute(2, 1, 0).contiguous()
+        temperatures, counted = self.exchange.gather(packed).unbind(1)
+        groups, valid = Groups.by(every.ids), counted > 0.5
+        merged = [mean_within(groups, temperatures[:, w, None], valid[:, w, None]) for w in range(len(self.ways))]
+        new = torch.stack(merged, dim=1)
+        return torch.where(new.isnan(), old, new), valid
+
+    def losses(self, found: Found, temperature: Tensor, counts: Tensor) -> Float[Tensor, " b"]:
+        """l_i of each anchor; of the others, some number."""
+        c, log_k = self.config, (found.candidates + 1).to(temperature).log()
+        negatives = (found.lse + (c.margin - found.positive) / temperature).masked_fill(~counts, 0)
+        log_sum = torch.logaddexp(negatives, torch.zeros_like(negatives))
+        penalty = c.alpha * log_k / (2 * c.temperature) * (temperature - c.temperature).square()
+        return temperature * (log_sum - log_k) - penalty

@@ -1,0 +1,58 @@
+"""SogCLR: contrastive learning against the whole data set, at one fixed temperature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field
+from torch import nn
+
+from mvpretrain.exchange import Exchange
+from mvpretrain.moving import Gamma, MovingAverages, robust
+from mvpretrain.objectives import AveragedConfig
+from mvpretrain.types import Embeddings, Losses
+
+
+class SogCLRConfig(AveragedConfig):
+    """The global contrastive loss at a fixed temperature.
+
+    `published: true` averages, with `in_view`, the sum of a sample's two anchors instead of their mean.
+    """
+
+    kind: Literal["sogclr"] = "sogclr"
+    temperature: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    gamma: Gamma = Gamma(value=0.9)
+
+    def build(self, views: Sequence[str], exchange: Exchange) -> SogCLR:
+        return SogCLR(self, views, exchange)
+
+
+class SogCLR(nn.Module):
+    """The global contrastive loss of Yuan et al. 2022 (SogCLR), the mean over pairs of k views, on the gathered batch:
+
+        F = (tau / |S|) sum_i [ log(eps + g_i) + log(eps + g'_i) ],    g_i = mean_(j != i) e^((s_ij - s_ii) / tau)
+
+    g over the whole data set S, estimated for each sample and direction by u <- (1 - gamma) u + gamma g of the batch.
+    The value is F with u for g; the gradient weighs each anchor's log g of the batch by g / (eps + u). With gamma = 1
+    both are those of the batch alone. Rows of equal ids are positives (their mean similarity) and have one average.
+
+    Cost for b of n rows and a pair: 10 b n d multiplications; memory O(k n d) and one tile. State: see MovingAverages,
+    one number an id and direction.
+    """
+
+    def __init__(self, config: SogCLRConfig, views: Sequence[str], exchange: Exchange):
+        super().__init__()
+        self.config = config
+        self.averages = MovingAverages(config.settings(views), exchange)
+
+    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
+        (old,) = self.averages.read(local, every)
+        tau = old.new_full((len(local.ids),), self.config.temperature)
+        doubled = math.log(2) if self.config.published and self.config.in_view else 0.0
+        ways = len(self.averages.ways)
+        measured = self.averages.measure(local, every, old, [tau] * ways, lambda log_g: log_g + doubled)
+        losses = self.averages.total(measured, [robust(a, tau, 0.0) for a in measured.anchors])
+        self.averages.write(every, [measured.log_u])
+        return losses

@@ -1,0 +1,102 @@
+"""TempNet: contrastive learning at temperatures that a small network predicts from embeddings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn.functional import dropout, normalize
+
+from mvpretrain.exchange import Exchange
+from mvpretrain.moving import Gamma, MovingAverages, robust, temperature_parts
+from mvpretrain.objectives import AveragedConfig
+from mvpretrain.types import Embeddings, Losses
+
+
+class TempNetConfig(AveragedConfig):
+    """The robust contrastive loss of isogclr at temperatures predicted from the anchor: nothing is kept by sample.
+
+    Temperatures are in [min, max]; the network of each view has so many `prototypes`. `gamma` of 1 takes the batch's
+    own negatives; below 1, the moving averages of sogclr are kept by id (the authors' code has 0.8). `dim` is the width
+    of the embeddings, which a recipe fills in.
+    """
+
+    kind: Literal["tempnet"] = "tempnet"
+    dim: int | None = Field(default=None, ge=1)
+    min: float = Field(default=0.005, gt=0, allow_inf_nan=False)
+    max: float = Field(default=0.05, gt=0, allow_inf_nan=False)
+    rho: float = Field(default=7.0, ge=0, allow_inf_nan=False)
+    prototypes: int = Field(default=256, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    gamma: Gamma = Gamma(value=1.0)
+
+    @model_validator(mode="after")
+    def _within(self) -> TempNetConfig:
+        if not self.min < self.max:
+            raise ValueError(f"needs min < max, got min={self.min} max={self.max}")
+        return self
+
+    def for_dim(self, dim: int) -> TempNetConfig:
+        return self.model_copy(update={"dim": dim})
+
+    def build(self, views: Sequence[str], exchange: Exchange) -> TempNet:
+        if self.dim is None:
+            raise ValueError("objective.dim is missing: tempnet has a network on embeddings; set it to their width")
+        return TempNet(self, self.dim, views, exchange)
+
+
+class TempNet(nn.Module):
+    """The robust global contrastive loss with predicted temperatures (Qiu et al. 2024, TempNet), mean over pairs:
+
+        F = (1/|S|) sum_i [ tau(z_i) (log(eps + g_i) + rho) + tau'(z'_i) (log(eps + g'_i) + rho) ]
+
+    with g as in sogclr. The network sees embeddings through a stop-gradient, and learns from the exact gradient of F in
+    tau. Prototypes are unit vectors whose logits p a softmax compares and a sigmoid weighs:
+
+        tau(z) = min + (max - min) sigmoid(v . [ (softmax(p / s) - 1/M) * sigmoid(p) ] + c),   p = sigmoid(W z) . P
+
+    The networks are trained at the run's own rate. Cost as sogclr, and 2 b d (d + M) multiplications a direction.
+    State: the networks, one a view; with gamma below 1, log u for each id and direction.
+    """
+
+    def __init__(self, config: TempNetConfig, dim: int, views: Sequence[str], exchange: Exchange):
+        super().__init__()
+        self.config = config
+        self.averages = MovingAverages(config.settings(views), exchange)
+        self.views = list(dict.fromkeys(v for way in self.averages.ways for v in way))
+        self.networks = nn.ModuleList(Predictor(config, dim) for _ in self.views)
+
+    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
+        (old,) = self.averages.read(local, every)
+        predicted = {v: network(local.z[v].detach()) for v, network in zip(self.views, self.networks, strict=True)}
+        tau = [predicted[a] for a, _ in self.averages.ways]
+        measured = self.averages.measure(local, every, old, tau)
+        losses = self.averages.total(
+            measured, [robust(a, t, self.config.rho) for a, t in zip(measured.anchors, tau, strict=True)]
+        )
+        self.averages.write(every, [measured.log_u])
+        return Losses(losses.total, losses.parts | temperature_parts(tau, measured, self.config.min, self.config.max))
+
+
+class Predictor(nn.Module):
+    """A temperature for each row."""
+
+    def __init__(self, config: TempNetConfig, dim: int):
+        super().__init__()
+        self.config = config
+        self.project = nn.Linear(dim, dim)
+        self.prototypes = nn.Parameter(torch.randn(config.prototypes, dim))
+        self.log_sharpness = nn.Parameter(torch.full((1,), math.log(0.01)))
+        self.read_out = nn.Linear(config.prototypes, 1)
+
+    def forward(self, z: Float[Tensor, "b d"]) -> Float[Tensor, " b"]:
+        c = self.config
+        hidden = dropout(self.project(z).sigmoid(), c.dropout, self.training)
+        logits = hidden @ normalize(self.prototypes, dim=1).T
+        chosen = (logits / self.log_sharpness.exp()).softmax(dim=1) - 1 / c.prototypes
+        return c.min + (c.max - c.min) * self.read_out(chosen * logits.sigmoid()).squeeze(1).sigmoid()
