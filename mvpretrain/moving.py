@@ -75,6 +75,8 @@ class Measured(NamedTuple):
     log_u: Float[Tensor, "n s"]  # the new moving averages by slot, without eps; NaN where there is none
     seen: Bool[Tensor, "n s"]  # slots that this batch says something of
     slope: Float[Tensor, "n s"]  # log(eps + u) - inner, the mean over the anchors of a slot
+    tau: Float[Tensor, "n w"]  # everyone's temperatures
+    valid: Bool[Tensor, "n w"]  # whose anchors count
 
 
 class MovingAverages(nn.Module):
@@ -84,7 +86,7 @@ class MovingAverages(nn.Module):
     two ways of a pair share one (two augmentations of one image), as rows of equal ids do: the mean of their g counts.
     `extra` numbers are kept for each slot besides. Logarithms are kept and added, so that nothing overflows and no
     running maximum is needed; an id's first visit is told by its absence. State: a step count, and (1 + extra) numbers
-    an id and slot. Messages a step: the sum that reads the state, and three numbers an anchor.
+    an id and slot. Messages a step: the sum that reads the state, and four numbers an anchor.
     """
 
     steps: Tensor
@@ -117,7 +119,7 @@ class MovingAverages(nn.Module):
         if not self.keeps:
             return
         rows = torch.stack(list(fields), dim=1).flatten(1)
-        there = ~rows.isnan().all(dim=1)
+        there = ~fields[0].isnan().all(dim=1)  # the others begin with a number, whether an id is an anchor or not
         self.store.write(every.ids[there], rows[there])
 
     def own(self, local: Embeddings) -> slice:
@@ -143,8 +145,9 @@ class MovingAverages(nn.Module):
         sum over negatives: published code does so.
         """
         shown = self._shown(local, every, tau, positive_in_g)
-        packed = torch.stack([torch.stack([s.log_g.detach(), s.slope, s.counts.to(s.slope)]) for s in shown])
-        every_log_g, every_slope, counts = self.exchange.gather(packed.permute(2, 1, 0).contiguous()).unbind(1)
+        told = [torch.stack([s.log_g, s.slope, s.counts.to(s.slope), t]) for s, t in zip(shown, tau, strict=True)]
+        packed = torch.stack(told).detach().permute(2, 1, 0).contiguous()  # b 4 w
+        every_log_g, every_slope, counts, every_tau = self.exchange.gather(packed).unbind(1)
         members = [[w for w, slot in enumerate(self.slot) if slot == s] for s in range(self.slots)]
         groups, valid = Groups.by(every.ids), counts > 0.5
         fresh = [adjust(log_mean_within(groups, every_log_g[:, m], valid[:, m])) for m in members]
@@ -160,10 +163,11 @@ class MovingAverages(nn.Module):
         anchors = []
         for w, s in enumerate(shown):
             weight = (s.log_g.detach() - below[at, w]).exp()
-            number = valid[:, w].sum().clamp_min(1) * here
+            alike = members[self.slot[w]]  # of one average, whose gradient is theirs together
+            number = valid[:, alike].sum().clamp_min(1) * (here / len(alike))
             accuracy = (s.hit & s.counts).sum() / number
             anchors.append(Anchors(s.log_g, below[at, w], weight, inner[at, w], s.counts, number, accuracy))
-        return Measured(anchors, log_u, seen, torch.stack(slope, dim=1))
+        return Measured(anchors, log_u, seen, torch.stack(slope, dim=1), every_tau, valid)
 
     def _below(self, log_u: Float[Tensor, "n s"]) -> Float[Tensor, "n w"]:
         """log(eps + u) by way; 0 where there is no average, which no anchor reads."""
@@ -189,7 +193,7 @@ class MovingAverages(nn.Module):
             if positive_in_g:  # with h = 0, it adds 1 to the sum and nothing to the sum of h
                 with_it = torch.logaddexp(log_g, torch.zeros_like(log_g))
                 slope, log_g = slope * (log_g - with_it).exp().detach(), with_it.masked_fill(~counts, 0)
-            log_g = log_g - torch.as_tensor(number).clamp_min(1).log()
+            log_g = log_g - torch.as_tensor(number).clamp_min(1).to(log_g).log()
             top = torch.stack([f.top for f in others]).amax(dim=0)
             shown.append(_Shown(log_g, slope, counts, across.positive > top))
         return shown
@@ -232,12 +236,11 @@ def robust(anchors: Anchors, tau: Float[Tensor, " b"], rho: float, scaled: bool 
 
 @torch.no_grad()
 def temperature_parts(
-    tau: Sequence[Float[Tensor, " b"]], measured: Measured, low: float, high: float
+    tau: Float[Tensor, "n w"], valid: Bool[Tensor, "n w"], low: float, high: float
 ) -> dict[str, Tensor]:
-    """Mean and spread of the anchors' temperatures, and the share of them at a bound."""
-    each = torch.cat([t[a.counts] for t, a in zip(tau, measured.anchors, strict=True)])
-    if not len(each):
-        each = torch.cat(list(tau))
+    """The mean, the deciles and the share at a bound of the temperatures of all ranks' anchors."""
+    each = tau[valid] if valid.any() else tau.flatten()
     bound = (each <= low * 1.001) | (each >= high * 0.999)
-    spread = each.std(correction=0)
-    return {"temperature": each.mean(), "temperature/spread": spread, "temperature/at_bounds": bound.to(each).mean()}
+    deciles = each.quantile(each.new_tensor([0.1, 0.5, 0.9]))
+    parts = {"temperature": each.mean(), "temperature/at_bounds": bound.to(each).mean()}
+    return parts | {f"temperature/{q}": x for q, x in zip((10, 50, 90), deciles)}

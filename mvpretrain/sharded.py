@@ -49,6 +49,7 @@ class Sharded(nn.Module):
 
     def write(self, ids: Int[Tensor, " n"], rows: Float[Tensor, "n c"]) -> None:
         """Stage the numbers of the whole batch's ids, by equal calls on every rank. Rows of one id must be equal."""
+        self.commit()
         mine = self.owned(ids)
         known, place = ids[mine].unique(return_inverse=True)
         kept = rows.new_empty(len(known), self.columns)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mvpretrain.directed import Found, Gradient, directed
 from mvpretrain.exchange import Exchange
+from mvpretrain.moving import temperature_parts
 from mvpretrain.numerics.averages import Groups, mean_within
 from mvpretrain.objectives import ObjectiveConfig, check_pairs, listed_pairs
 from mvpretrain.sharded import Sharded
@@ -92,7 +93,8 @@ class ALDR(nn.Module):
         for p, (u, v) in enumerate(self.pairs):
             parts[f"loss/{u}-{v}"] = ((values[2 * p] + values[2 * p + 1]) / 2).detach()
             parts[f"accuracy/{u}-{v}"] = (hits[2 * p] + hits[2 * p + 1]) / 2
-        parts["temperature"], parts["temperature/spread"] = temperatures.mean(), temperatures.std(correction=0)
+        low = self.config.temperature * (1 - 1 / self.config.alpha)
+        parts |= temperature_parts(new, counts, low, self.config.temperature)
         return Losses(torch.stack(values).mean(), parts)
 
     @torch.no_grad()

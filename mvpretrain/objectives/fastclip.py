@@ -108,7 +108,7 @@ class FastCLIP(nn.Module):
         fields = [measured.log_u]
         if self.individual:
             fields += self.moved(kept, measured)
-            parts = temperature_parts(tau, measured, bounds.min, bounds.max)
+            parts = temperature_parts(measured.tau, measured.valid, bounds.min, bounds.max)
         self.averages.write(every, fields)
         return Losses(losses.total, losses.parts | parts)
 

@@ -75,7 +75,8 @@ class ISogCLR(nn.Module):
             measured, [robust(a, t, self.config.rho) for a, t in zip(measured.anchors, own, strict=True)]
         )
         self.averages.write(every, [measured.log_u, *self.moved(tau, momentum, measured)])
-        return Losses(losses.total, losses.parts | temperature_parts(own, measured, self.config.min, self.config.max))
+        parts = temperature_parts(measured.tau, measured.valid, self.config.min, self.config.max)
+        return Losses(losses.total, losses.parts | parts)
 
     def moved(
         self, tau: Float[Tensor, "n s"], momentum: Float[Tensor, "n s"], measured: Measured

@@ -80,7 +80,8 @@ class TempNet(nn.Module):
             measured, [robust(a, t, self.config.rho) for a, t in zip(measured.anchors, tau, strict=True)]
         )
         self.averages.write(every, [measured.log_u])
-        return Losses(losses.total, losses.parts | temperature_parts(tau, measured, self.config.min, self.config.max))
+        parts = temperature_parts(measured.tau, measured.valid, self.config.min, self.config.max)
+        return Losses(losses.total, losses.parts | parts)
 
 
 class Predictor(nn.Module):
