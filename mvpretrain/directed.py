@@ -29,7 +29,8 @@ class Found(NamedTuple):
 
     lse: Float[Tensor, " b"]  # log sum_j e^(scale_i s_ij); -inf where there is no candidate
     mean: Float[Tensor, " b"]  # the candidates' scale_i s_ij on the average, weighted as in that sum; no gradient
-    top: Float[Tensor, " b"]  # the largest similarity, not scaled; no gradient
+    best: Int[Tensor, " b"]  # the row of the most similar candidate
+    top: Float[Tensor, " b"]  # its similarity, not scaled; no gradient
     positive: Float[Tensor, " b"]  # mean similarity, not scaled, to the candidates of the anchor's id; 0 without any
     candidates: Int[Tensor, " b"]  # how many there are in the sum
     anchor: Bool[Tensor, " b"]  # whether the row is there and has a positive
@@ -85,13 +86,13 @@ def directed(
     refuse_other_ranks(local, every, exchange)
     job = _Job(exchange, ways, local, every, apart, gradient, Groups.by(every.ids))
     columns = [z.detach() if gradient == "scalars" else z for z in every.z.values()]
-    lse, mean, top, positive = _Directed.apply(job, scales, *local.z.values(), *columns)  # type: ignore[misc]
+    lse, mean, best, top, positive = _Directed.apply(job, scales, *local.z.values(), *columns)  # type: ignore[misc]
     found = []
     for w, (a, c) in enumerate(ways):
         same = count_by_key(every.ids, every.present[c], local.ids)
         candidates = every.present[c].sum() - same if apart else every.present[c].sum().expand(len(same))
         anchor = local.present[a] & (same > 0)
-        found.append(Found(lse[w], mean[w], top[w], positive[w], candidates, anchor))
+        found.append(Found(lse[w], mean[w], best[w], top[w], positive[w], candidates, anchor))
     return found
 
 
@@ -102,11 +103,12 @@ class _Directed(torch.autograd.Function):
         local, every = job.tables(tensors)
         one, spare = scales.new_ones(1), products.Spare()
         lse, mean, top, positive = (torch.zeros_like(scales) for _ in range(4))
+        best = torch.zeros_like(scales, dtype=torch.int64)
         means, share = [], torch.ones_like(scales)
         for w, (a, c) in enumerate(job.ways):
             rows, which = local[a] * scales[w, :, None], job.which(job.local, a, job.every, c)
             sums, _ = products.forward(rows, every[c], one, which, both=False, spare=(spare, w))
-            lse[w] = sums.lse
+            lse[w], best[w] = sums
             # The candidates' mean, weighted as in the sum, has the mean similarity and the anchor's gradient in it.
             by_row = (sums.lse, torch.ones_like(sums.lse))
             average, _ = products.backward(rows, every[c], one, which, by_row, None, (spare, w), sides=(True, False))
@@ -117,17 +119,18 @@ class _Directed(torch.autograd.Function):
             positive[w] = (local[a] * job.positives(every, c)).sum(dim=1) * share[w]
         ctx.job = job
         ctx.save_for_backward(scales, lse, share, *means, *tensors)
-        ctx.mark_non_differentiable(mean, top)
-        return lse, mean, top, positive
+        ctx.mark_non_differentiable(mean, best, top)
+        return lse, mean, best, top, positive
 
     @staticmethod
     @once_differentiable
     @exactly
-    def backward(ctx: Any, to_lse, _mean, _top, to_positive):  # type: ignore[override]
+    def backward(ctx: Any, to_lse, _mean, _best, _top, to_positive):  # type: ignore[override]
         job: _Job = ctx.job
         scales, lse, share, *rest = ctx.saved_tensors
         means, tensors = rest[: len(job.ways)], rest[len(job.ways) :]
         local, every = job.tables(tensors)
+        lse, to_lse = products.without_empty(lse, to_lse)
         to_scales = torch.zeros_like(scales)
         to_local, to_every = ({v: torch.zeros_like(z) for v, z in table.items()} for table in (local, every))
         asked = torch.stack([scales, lse, to_lse, to_positive * share])  # 4 w b

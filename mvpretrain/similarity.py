@@ -7,7 +7,8 @@ columns' sums in part, and the parts are merged over ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -245,6 +246,18 @@ def _top(rows: Tensor, columns: Tensor, scale: Tensor, sums: products.Sums) -> T
     return top.masked_fill(sums.lse == -torch.inf, -torch.inf)
 
 
+class Weigh(Protocol):
+    """What an objective over pairs lets others do to the losses of its anchors before it takes their mean."""
+
+    def __call__(self, way: tuple[str, str], losses: Float[Tensor, " b"], counts: Bool[Tensor, " b"]) -> Tensor:
+        """The losses of one direction's local rows, weighted; only those that count are used."""
+        ...
+
+
+def of_way(weigh: Weigh | None, way: tuple[str, str]) -> Callable[[Tensor, Tensor], Tensor] | None:
+    return None if weigh is None else partial(weigh, way)
+
+
 class Anchored(NamedTuple):
     """One direction of a pair: the mean loss, and the share of anchors whose best candidate is a positive."""
 
@@ -258,12 +271,18 @@ def anchored(
     sums: Sums,
     scale: Float[Tensor, ""],
     others: Float[Tensor, " b"] | None = None,
+    weigh: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Anchored:
-    """Anchors of the pair's first view against candidates of the second, and `others` in the denominator too."""
+    """Anchors of the pair's first view against candidates of the second, and `others` in the denominator too.
+
+    `weigh(losses, anchors that count)` gives the losses that the mean is of.
+    """
     log_sum = sums.lse if others is None else torch.logaddexp(sums.lse, others)
     # The global number of anchors, as seen from one of len(every) / len(local) equal parts.
     rows = sums.anchors.clamp_min(1).to(log_sum.dtype) * (len(local.ids) / len(every.ids))
-    loss = (log_sum - scale * sums.positive).masked_fill(~sums.anchor, 0).sum() / rows
+    losses = (log_sum - scale * sums.positive).masked_fill(~sums.anchor, 0)
+    losses = losses if weigh is None else weigh(losses, sums.anchor)
+    loss = losses.masked_fill(~sums.anchor, 0).sum() / rows
     hits = ((every.ids[sums.best] == local.ids) & sums.anchor).sum() / rows
     return Anchored(loss, hits.detach())
 

@@ -31,6 +31,7 @@ def dense(whole: Embeddings, scale: Tensor, a: str, c: str, apart: bool) -> Foun
     return Found(
         scaled.logsumexp(dim=1),
         (weights * s * scale[:, None]).sum(dim=1),
+        scaled.argmax(dim=1),
         s.masked_fill(scaled == -torch.inf, -torch.inf).amax(dim=1),
         (s * positives).sum(dim=1) / positives.sum(dim=1).clamp_min(1),
         there.sum(dim=1),
@@ -55,8 +56,8 @@ def test_sums_and_gradients_are_those_of_the_matrix(gradient, apart):
     slow = [dense(whole, scales[w], a, c, apart) for w, (a, c) in enumerate(WAYS)]
     for (a, _), f, s in zip(WAYS, found, slow, strict=True):
         for name, one, other in zip(Found._fields, f, s, strict=True):
-            if one.is_floating_point():
-                rows = whole.present[a] & (f.candidates > 0)
+            rows = whole.present[a] & (f.candidates > 0)
+            if one.is_floating_point() or name == "best":
                 torch.testing.assert_close(one[rows], other[rows], msg=lambda m, name=name: f"{name}: {m}")
             else:
                 assert torch.equal(one, other), name

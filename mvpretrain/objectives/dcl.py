@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations, combinations_with_replacement
+from itertools import combinations, combinations_with_replacement, permutations
 from typing import Literal
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mvpretrain.exchange import Exchange
 from mvpretrain.numerics.tiles import LOWEST, together
 from mvpretrain.objectives import ObjectiveConfig
-from mvpretrain.similarity import Sums, all_pairs, has_positive, positive_mean
+from mvpretrain.similarity import Sums, Weigh, all_pairs, has_positive, positive_mean
 from mvpretrain.types import Embeddings, Losses
 
 
@@ -57,6 +57,8 @@ class DCL(nn.Module):
     def __init__(self, config: DCLConfig, views: Sequence[str], exchange: Exchange):
         super().__init__()
         self.config, self.views, self.exchange = config, list(views), exchange
+        self.ways = list(permutations(views, 2))
+        self.weigh: Weigh | None = None
 
     def forward(self, local: Embeddings, every: Embeddings) -> Losses:
         z = local.z[self.views[0]]
@@ -89,6 +91,7 @@ class DCL(nn.Module):
         negatives = together([sums[u, u].lse, sums[u, v].lse])
         weights = 1.0 if self.config.weighted is None else weigh(scores, every, u, v, all_counts, self.config.weighted)
         losses = negatives - weights * scores / self.config.temperature
+        losses = losses if self.weigh is None else self.weigh((u, v), losses.masked_fill(~counts, 0), counts)
         rows = all_counts.sum().clamp_min(1).to(losses.dtype) * (len(local.ids) / len(every.ids))
         return losses.masked_fill(~counts, 0).sum() / rows
 

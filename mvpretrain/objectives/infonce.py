@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Literal
 
 from jaxtyping import Float
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from mvpretrain.config import unknown
+from mvpretrain.directed import Gradient, directed
 from mvpretrain.exchange import Exchange
 from mvpretrain.objectives import ObjectiveConfig, Temperature, check_pairs, listed_pairs
-from mvpretrain.similarity import all_pairs, anchored
+from mvpretrain.similarity import Sums, Weigh, all_pairs, anchored, has_positive, of_way
 from mvpretrain.types import Embeddings, Losses
 
 GATHERED = 2**31  # bytes of everyone's table above which `auto` takes the ring
@@ -23,7 +25,8 @@ class InfoNCEConfig(ObjectiveConfig):
     `weights` scales pairs by name ("image-text": 2.0; 1 where not named). `in_view: true` adds the other samples of
     the anchor's own view to its denominator: with two augmentations of one image this is SimCLR's NT-Xent. `table`:
     everyone's rows are gathered, or passed round a ring of ranks, which takes no memory that grows with the number of
-    ranks; `auto` gathers up to 2 GiB.
+    ranks; `auto` gathers up to 2 GiB. `gradient: scalars` sends numbers instead of gradients of rows between ranks, at
+    half as many multiplications again and the same result.
     """
 
     kind: Literal["infonce"] = "infonce"
@@ -32,6 +35,15 @@ class InfoNCEConfig(ObjectiveConfig):
     temperature: Temperature = Temperature()
     in_view: bool = False
     table: Literal["auto", "gather", "ring"] = "auto"
+    gradient: Gradient = "features"
+
+    @model_validator(mode="after")
+    def _table_is_there(self) -> InfoNCEConfig:
+        if self.gradient == "scalars" and self.table == "ring":
+            raise ValueError(
+                "gradient: scalars needs everyone's rows at hand; set table: gather, or gradient: features"
+            )
+        return self
 
     def check(self, views: Sequence[str]) -> None:
         check_pairs(self.pairs, views)
@@ -69,27 +81,31 @@ class InfoNCE(nn.Module):
         super().__init__()
         self.pairs, self.config, self.exchange = pairs, config, exchange
         self.views = len({v for pair in pairs for v in pair})
+        self.ways = [way for u, v in pairs for way in ((u, v), (v, u))]
+        self.weigh: Weigh | None = None
         weights = [config.weights.get(f"{u}-{v}", 1.0) for u, v in pairs]
         self.weights = [w / sum(weights) for w in weights]
         self.log_temperature = config.temperature.parameter(len(pairs) if config.temperature.per_pair else 1)
 
     def gathers(self, rows: int, dim: int) -> bool:
         """Whether a table of this many rows a rank is gathered, or passed round the ring of ranks."""
-        if self.config.table != "auto":
-            return self.config.table == "gather"
+        if self.config.table != "auto" or self.config.gradient == "scalars":
+            return self.config.table != "ring"
         return rows * self.exchange.size * dim * self.views * 4 <= GATHERED
 
     def forward(self, local: Embeddings, every: Embeddings) -> Losses:
         temperature = self.config.temperature.bounded(self.log_temperature)
         per_pair = temperature.expand(len(self.pairs))
-        found = all_pairs(local, every, self.pairs, 1 / per_pair, self.exchange)
+        found = self._sums(local, every, self.pairs, 1 / per_pair, apart=False)
         others = self._in_view(local, every, 1 / per_pair)
         parts: dict[str, Tensor] = {}
         values = []
         for p, (u, v) in enumerate(self.pairs):
             scale = 1 / per_pair[p]
-            there = anchored(local, every, found[u, v], scale, others.get((p, u)))
-            back = anchored(local, every, found[v, u], scale, others.get((p, v)))
+            there, back = (
+                anchored(local, every, found[a, c], scale, others.get((p, a)), of_way(self.weigh, (a, c)))
+                for a, c in ((u, v), (v, u))
+            )
             values.append((there.loss + back.loss) / 2)
             parts[f"loss/{u}-{v}"] = values[-1].detach()
             parts[f"accuracy/{u}-{v}"] = (there.accuracy + back.accuracy) / 2
@@ -101,17 +117,37 @@ class InfoNCE(nn.Module):
         assert isinstance(total, Tensor)
         return Losses(total, parts)
 
+    def _sums(
+        self,
+        local: Embeddings,
+        every: Embeddings,
+        pairs: list[tuple[str, str]],
+        scales: Float[Tensor, " p"],
+        apart: bool,
+    ) -> dict[tuple[str, str], Sums]:
+        if self.config.gradient == "features":
+            return all_pairs(local, every, pairs, scales, self.exchange, apart)
+        ways = {way: p for p, (u, v) in enumerate(pairs) for way in ((u, v), (v, u))}
+        each = scales[list(ways.values()), None].expand(-1, len(local.ids))
+        found = directed(local, every, list(ways), each, self.exchange, apart)
+        return {
+            way: Sums(f.lse, f.best, f.positive, f.anchor, has_positive(every, every, *way).sum())
+            for way, f in zip(ways, found, strict=True)
+        }
+
     def _in_view(
         self, local: Embeddings, every: Embeddings, scales: Float[Tensor, " p"]
     ) -> dict[tuple[int, str], Float[Tensor, " b"]]:
         """(pair, view) -> log-sum-exp of each local row over the other samples of its own view."""
         if not self.config.in_view:
             return {}
+        if self.config.temperature.per_pair:
+            found = {}
+            for p, pair in enumerate(self.pairs):
+                sums = self._sums(local, every, [(v, v) for v in pair], scales[p].expand(2), apart=True)
+                found |= {(p, v): sums[v, v].lse for v in pair}
+            return found
         # One temperature for all: each view's sums serve all of its pairs.
-        shared = not self.config.temperature.per_pair
-        asked = {(0 if shared else p, v): p for p, pair in enumerate(self.pairs) for v in pair}
-        sums = {}
-        for (key, v), p in asked.items():
-            own = all_pairs(local, every, [(v, v)], scales[p : p + 1], self.exchange, apart=True)
-            sums[key, v] = own[v, v].lse
-        return {(p, v): sums[0 if shared else p, v] for p, pair in enumerate(self.pairs) for v in pair}
+        views = list(dict.fromkeys(v for pair in self.pairs for v in pair))
+        sums = self._sums(local, every, [(v, v) for v in views], scales[:1].expand(len(views)), apart=True)
+        return {(p, v): sums[v, v].lse for p, pair in enumerate(self.pairs) for v in pair}

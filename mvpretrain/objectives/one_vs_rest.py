@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from mvpretrain.exchange import Exchange
 from mvpretrain.numerics.averages import mean_of_others
 from mvpretrain.objectives import ObjectiveConfig, Temperature
-from mvpretrain.similarity import all_pairs, anchored
+from mvpretrain.similarity import Weigh, all_pairs, anchored, of_way
 from mvpretrain.types import Embeddings, Losses
 
 SHORTEST = 1e-3  # views that cancel have a mean without direction: a shorter one is not stretched to length one
@@ -55,6 +55,8 @@ class OneVsRest(nn.Module):
     def __init__(self, config: OneVsRestConfig, views: Sequence[str], exchange: Exchange):
         super().__init__()
         self.config, self.views, self.exchange = config, list(views), exchange
+        self.ways = [way for u in self.views for way in ((u, rest_of(u)), (rest_of(u), u))]
+        self.weigh: Weigh | None = None
         self.log_temperature = config.temperature.parameter(len(self.views) if config.temperature.per_pair else 1)
 
     def forward(self, local: Embeddings, every: Embeddings) -> Losses:
@@ -67,8 +69,10 @@ class OneVsRest(nn.Module):
         values = []
         for index, (u, rest) in enumerate(pairs):
             scale = 1 / per_view[index]
-            there = anchored(local, every, sums[u, rest], scale)
-            back = anchored(local, every, sums[rest, u], scale)
+            there, back = (
+                anchored(local, every, sums[a, c], scale, weigh=of_way(self.weigh, (a, c)))
+                for a, c in ((u, rest), (rest, u))
+            )
             values.append((there.loss + back.loss) / 2)
             parts[f"loss/{u}"] = values[-1].detach()
             parts[f"accuracy/{u}"] = (there.accuracy + back.accuracy) / 2

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mvpretrain import checkpoint, recipe
+from mvpretrain import checkpoint, objectives, recipe, sharded
 from mvpretrain.checkpoint import Place
 from mvpretrain.engine import encoding
 from mvpretrain.shards.stream import Cursor
@@ -151,3 +151,107 @@ def test_a_ddp_checkpoint_goes_on_with_other_ranks(ranks, tmp_path):
     for losses, loaded, after in (ranks(4).run(taken_over, "ddp", tmp_path)[0], taken_over(0, "none", tmp_path)):
         assert equal(loaded, saved) and not equal(after, saved)
         assert len(losses) == 2 and all(torch.isfinite(torch.tensor(losses)))
+
+
+INDIVIDUAL = {"kind": "isogclr", "init": 0.3, "gamma": {"value": 0.5}}
+
+
+def individual(kind: str, dtype: torch.dtype, **settings: Any) -> Any:
+    """An engine whose objective keeps numbers by sample id."""
+
+    def made(exchange: Any) -> Any:
+        return task_of(3, dtype, exchange, objectives.build(INDIVIDUAL, ["v0", "v1", "v2"], exchange))
+
+    return engine_of(kind, made, optimizer_of, **settings)
+
+
+def kept(engine: Any) -> dict[int, list[float]]:
+    ids, rows = next(part for _, part in sharded.of(engine.task)).items()
+    return dict(zip(ids.tolist(), rows.tolist(), strict=True))
+
+
+def learned(engine: Any, start: int, steps: int) -> None:
+    world = engine.world
+    for i in range(start, start + steps):
+        batch = batch_of(3, torch.float64, seed=i) if next(engine.task.parameters()).dtype == torch.float64 else None
+        batch = batch or batch_of(3, seed=i)
+        # Half of the samples of a batch are new.
+        engine.step(rows_of(batch._replace(ids=batch.ids + 6 * i), world.rank, world.size))
+
+
+def begun(rank: int, kind: str, folder: Path, dtype: torch.dtype) -> None:
+    engine = individual(kind, dtype)
+    learned(engine, 0, 3)
+    checkpoint.save(folder, engine, plan(folder), HERE)
+
+
+def ended(rank: int, kind: str, folder: Path, dtype: torch.dtype) -> tuple[dict[int, list[float]], dict[str, Tensor]]:
+    engine = individual(kind, dtype)
+    learned(engine, 50, 1)  # forgotten by what comes back
+    place = checkpoint.load(checkpoint.find(folder), engine)
+    learned(engine, place.step, 3)
+    return kept(engine), engine.weights()
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "tolerance", "sizes"),
+    [
+        ("ddp", torch.float64, 1e-9, (2, 4)),
+        ("ddp", torch.float64, 1e-9, (2, 2)),
+        ("zero2", torch.float32, 1e-4, (2, 2)),
+    ],
+)
+def test_numbers_by_sample_go_on_with_other_ranks(ranks, tmp_path, kind, dtype, tolerance, sizes):
+    """u, tau, momenta and weights of a run that was interrupted are those of one process that was not."""
+    alone = individual("none", dtype)
+    learned(alone, 0, 6)
+    wanted = kept(alone)
+    ranks(sizes[0]).run(begun, kind, tmp_path, dtype)
+    parts = ranks(sizes[1]).run(ended, kind, tmp_path, dtype)
+    found = {name: row for part, _ in parts for name, row in part.items()}
+    assert found.keys() == wanted.keys() and len(found) == sum(len(part) for part, _ in parts)
+    for name, row in wanted.items():
+        assert found[name] == pytest.approx(row, rel=tolerance, abs=tolerance, nan_ok=True)
+    for name, value in alone.weights().items():
+        torch.testing.assert_close(parts[0][1][name], value, rtol=tolerance, atol=tolerance)
+
+
+def resumed_alone(folder: Path) -> tuple[dict[int, list[float]], dict[int, list[float]], bool]:
+    whole = individual("none", torch.float32)
+    learned(whole, 0, 3)
+    checkpoint.save(folder, whole, plan(folder), HERE)
+    learned(whole, 3, 3)
+    fresh = individual("none", torch.float32)
+    checkpoint.load(checkpoint.find(folder), fresh)
+    learned(fresh, 3, 3)
+    return kept(whole), kept(fresh), equal(whole.weights(), fresh.weights())
+
+
+def test_numbers_by_sample_come_back_bit_for_bit(tmp_path):
+    whole, fresh, weights = resumed_alone(tmp_path)
+    assert repr(whole) == repr(fresh) and len(whole) > 12 and weights
+
+
+def with_micro_batches(rank: int, kind: str, micro_batch: int | None) -> dict[int, list[float]]:
+    engine = individual(kind, torch.float32, micro_batch=micro_batch)
+    learned(engine, 0, 3)
+    return kept(engine)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "zero3"])
+def test_numbers_by_sample_change_once_a_step(ranks, kind):
+    plain, cached = (ranks(2).run(with_micro_batches, kind, rows) for rows in (None, 2))
+    for one, other in zip(plain, cached, strict=True):
+        assert one.keys() == other.keys()
+        for name, row in one.items():
+            assert other[name] == pytest.approx(row, rel=1e-4, abs=1e-5, nan_ok=True)
+
+
+def test_a_step_that_is_not_taken_leaves_no_numbers():
+    engine = individual("none", torch.float32)
+    learned(engine, 0, 2)
+    before = kept(engine)
+    batch = batch_of(3, seed=9)
+    batch.views["v0"].data[3] = torch.nan
+    assert not engine.step(batch).stepped
+    assert repr(kept(engine)) == repr(before)

@@ -17,7 +17,11 @@ from mvpretrain.types import Embeddings, Losses
 from tests.objectives.towers import outcome, outcome_on, relative_errors
 from tests.tables import ROWS, leaves, names, rows_of, table
 
-VARIANTS = [{"in_view": True}, {"pairs": "view0", "temperature": {"init": 0.2, "per_pair": True}}]
+VARIANTS = [
+    {"in_view": True},
+    {"in_view": True, "gradient": "scalars"},
+    {"pairs": "view0", "temperature": {"init": 0.2, "per_pair": True}},
+]
 PAIRS = [("view2", "view0"), ("view1", "view2"), ("view3", "view1")]
 CASES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -26,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     "weights": {"weights": {"view0-view1": 2.5}, "temperature": {"init": 0.3}},
     "per pair": {"temperature": {"init": 0.2, "per_pair": True}},
     "all at once": {"in_view": True, "temperature": {"per_pair": True}, "weights": {"view0-view1": 0.5}},
+    "scalars": {"gradient": "scalars", "in_view": True, "temperature": {"init": 0.2, "per_pair": True}},
 }
 case_of = pytest.mark.parametrize("case", CASES)
 
@@ -149,7 +154,8 @@ def test_gradient_is_that_of_finite_differences(case):
 @pytest.mark.parametrize("size", [2, 4])
 def test_gradient_on_ranks_is_that_of_one_process(ranks, size, k):
     per_pair = {"in_view": True, "temperature": {"init": 0.2, "per_pair": True}}
-    for config in ({}, per_pair, {"table": "ring"}, {"table": "ring", **per_pair}):
+    rings, scalars = {"table": "ring", **per_pair}, {"gradient": "scalars", **per_pair}
+    for config in ({}, per_pair, {"table": "ring"}, rings, scalars):
         wanted = outcome({"kind": "infonce", **config}, k, torch.float64)
         for found in ranks(size).run(outcome_on, {"kind": "infonce", **config}, k, torch.float64, 1, size):
             assert found.values == pytest.approx(wanted.values, rel=1e-10)
@@ -176,6 +182,7 @@ def test_temperature_may_be_fixed_and_stays_within_its_bounds():
     ({"weights": {"view0-view1": -1.0}}, "objective.weights.view0-view1 is -1.0, weights are not negative"),
     ({"pairs": [("view0", "view1")], "weights": {"view0-view1": 0}}, "leaves no pair with a weight above 0"),
     ({"temperature": {"min": 0}}, "needs 0 < min <= init <= max, got min=0.0"),
+    ({"gradient": "scalars", "table": "ring"}, "set table: gather, or gradient: features"),
     ({"temperature": {"init": 5}}, "needs 0 < min <= init <= max, got min=0.01 init=5.0"),
 ])  # fmt: skip
 def test_wrong_settings_are_refused(config, message):

@@ -1,0 +1,158 @@
+"""Dynamic bad pair mining: any objective over pairs, its anchors weighed by their history."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import BeforeValidator, Field, SerializeAsAny, WithJsonSchema
+from torch import Tensor, nn
+
+from mvpretrain.exchange import Exchange
+from mvpretrain.numerics.averages import Groups, mean_within
+from mvpretrain.objectives import ObjectiveConfig, door
+from mvpretrain.sharded import Sharded
+from mvpretrain.types import Embeddings, Losses
+
+PER_PAIR = ("infonce", "dcl", "one_vs_rest")
+
+
+class DBPMConfig(ObjectiveConfig):
+    """`objective`, one of infonce, dcl and one_vs_rest, with the pairs that look bad weighed down.
+
+    A pair whose mean loss so far is `noisy` standard deviations below that of all pairs is suspiciously easy, one that
+    is `faulty` above it is suspiciously hard. For the first `warmup` steps losses are recorded and nothing is weighed.
+    `published: true` weighs by the density of the normal distribution, as the authors' code does; it is above 1 where
+    the standard deviation is below 0.4.
+    """
+
+    kind: Literal["dbpm"] = "dbpm"
+    objective: Annotated[
+        SerializeAsAny[ObjectiveConfig], BeforeValidator(door.parse), WithJsonSchema({"door": "objective"})
+    ]
+    warmup: int = Field(default=1000, ge=0)
+    noisy: float = Field(default=2.0, ge=0)
+    faulty: float = Field(default=3.0, ge=0)
+    published: bool = False
+    device: bool = False
+
+    def check(self, views: Sequence[str]) -> None:
+        if self.objective.kind not in PER_PAIR:
+            raise ValueError(
+                f"objective.objective is {self.objective.kind!r}, whose anchors dbpm cannot weigh; it can those of "
+                f"{', '.join(PER_PAIR)}"
+            )
+        self.objective.check(views)
+
+    def for_dim(self, dim: int) -> DBPMConfig:
+        return self.model_copy(update={"objective": self.objective.for_dim(dim)})
+
+    def build(self, views: Sequence[str], exchange: Exchange) -> DBPM:
+        return DBPM(self, cast(Any, self.objective.build(views, exchange)), exchange)
+
+    def memory(self, views: int, rows: int, every: int, dim: int) -> int:
+        return self.objective.memory(views, rows, every, dim)
+
+
+class DBPM(nn.Module):
+    """The objective with each anchor's loss weighed by w_i, after Lan et al. 2024 (Dynamic Bad Pair Mining).
+
+    With m_i the mean of an anchor's losses at its past visits, and mu and sigma the mean and standard deviation of m
+    over all samples seen in that direction,
+
+        w_i = e^(-(l_i - mu)^2 / (2 sigma^2))  where m_i < mu - noisy sigma or m_i > mu + faulty sigma, else 1
+
+    is a constant to the gradient; l_i is the loss now. Rows of one id share their history, the mean of their losses.
+    The authors keep every epoch's loss and weigh late epochs more; here each visit counts alike.
+
+    State: by id and direction the number of visits and m; by direction their count, sum and sum of squares, and a step
+    count. Messages a step beyond the objective's: the sum that reads the state, and four numbers an anchor and
+    direction.
+    """
+
+    totals: Tensor
+    steps: Tensor
+
+    def __init__(self, config: DBPMConfig, objective: Any, exchange: Exchange):
+        super().__init__()
+        self.config, self.objective, self.exchange = config, objective, exchange
+        self.ways: list[tuple[str, str]] = objective.ways
+        objective.weigh = self.weigh
+        self.store = Sharded(2 * len(self.ways), exchange, config.device)
+        self.register_buffer("totals", torch.zeros(3, len(self.ways), dtype=torch.float64))
+        self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
+        self.history: Tensor | None = None  # of the local rows, while the objective runs
+        self.told: dict[tuple[str, str], Tensor] = {}
+
+    def gathers(self, rows: int, dim: int) -> bool:
+        return getattr(self.objective, "gathers", lambda *_: True)(rows, dim)
+
+    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
+        like = next(iter(local.z.values())).detach()
+        kept = self.store.read(every.ids, like.to(torch.promote_types(like.dtype, torch.float32)))
+        b = len(local.ids)
+        begin = self.exchange.rank * b
+        self.history, self.told = kept[begin : begin + b].view(b, 2, -1)[:, 1], {}
+        losses = self.objective(local, every)
+        told = torch.stack([self.told[way] for way in self.ways], dim=2)  # b 4 w
+        every_loss, counts, bad, weights = self.exchange.gather(told).unbind(1)
+        self.history, self.told = None, {}
+        if self.training:
+            self.record(every.ids, kept, every_loss, counts > 0.5)
+        number = counts.sum().clamp_min(1)
+        parts = {"bad": (bad * counts).sum() / number, "weight": (weights * counts).sum() / number}
+        return Losses(losses.total, losses.parts | parts)
+
+    def weigh(self, way: tuple[str, str], losses: Float[Tensor, " b"], counts: Bool[Tensor, " b"]) -> Tensor:
+        """What the objective calls with the losses of each direction's local rows."""
+        w, loss = self.ways.index(way), losses.detach()
+        bad = self.suspicious(w) & counts
+        mu, sigma = self.spread(w)
+        weight = (-((loss - mu) ** 2) / (2 * sigma**2)).exp()
+        if self.config.published:
+            weight = weight / (sigma * math.sqrt(2 * math.pi))
+        weight = torch.where(bad, weight.to(loss), torch.ones_like(loss))
+        self.told[way] = torch.stack([loss, counts.to(loss), bad.to(loss), weight], dim=1)
+        return losses * weight
+
+    def suspicious(self, w: int) -> Bool[Tensor, " b"]:
+        """The local rows whose history is far from the others'."""
+        assert self.history is not None
+        mu, sigma = self.spread(w)
+        mean = self.history[:, w]  # NaN where there is none, which is neither below nor above
+        far = (mean < mu - self.config.noisy * sigma) | (mean > mu + self.config.faulty * sigma)
+        return far & (self.steps >= self.config.warmup)
+
+    def spread(self, w: int) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Mean and standard deviation of m over all samples; the latter not 0."""
+        count, total, squares = self.totals[:, w]
+        mu = total / count.clamp_min(1)
+        return mu, (squares / count.clamp_min(1) - mu**2).clamp_min(0).sqrt().clamp_min(1e-6)
+
+    @torch.no_grad()
+    def record(
+        self,
+        ids: Int[Tensor, " n"],
+        kept: Float[Tensor, "n c"],
+        losses: Float[Tensor, "n w"],
+        valid: Bool[Tensor, "n w"],
+    ) -> None:
+        """Take a batch into everyone's history and into the totals, by the same numbers on every rank."""
+        self.steps += 1
+        visits, mean = kept.nan_to_num(nan=0.0).view(len(ids), 2, -1).unbind(1)
+        groups = Groups.by(ids)
+        columns = [mean_within(groups, losses[:, w, None], valid[:, w, None]) for w in range(len(self.ways))]
+        loss = torch.stack(columns, dim=1)
+        seen, was = ~loss.isnan(), visits > 0
+        new = torch.where(seen, mean + (loss.nan_to_num(nan=0.0) - mean) / (visits + 1), mean)
+        first = torch.zeros_like(groups.of).scatter_(0, groups.of, torch.arange(len(ids), device=ids.device))
+        once = first[groups.of] == torch.arange(len(ids), device=ids.device)  # one row of each id
+        after = torch.stack([(was | seen).double(), new.double(), new.double() ** 2])
+        before = torch.stack([was.double(), mean.double(), mean.double() ** 2])
+        self.totals += ((after - before) * once[None, :, None]).sum(dim=1).to(self.totals)
+        there = seen.any(dim=1)
+        rows = torch.stack([visits + seen.to(visits), new], dim=1).flatten(1)
+        self.store.write(ids[there], rows[there])
