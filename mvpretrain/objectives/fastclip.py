@@ -33,6 +33,7 @@ class FastCLIPConfig(AveragedConfig):
     | v2 | individual, by Adam for each sample | true | 7 | {init: 0.03} |
     | v3 | global, learned with the model | true | 6.5 | {init: 0.07} |
 
+    As in isogclr, rho must be below the logarithm of a batch's negatives: small batches want less than the defaults.
     `scaled`: whether log terms are multiplied by the temperature. `rate`, `betas` and `clip` are those of Adam on
     individual temperatures. The published rho of v3 go with a gradient that is not that of its objective; `published:
     true` has it, and the encoders' gradient of v2 without its factor tau. `gamma` falls from 1 to its value by half a
