@@ -112,3 +112,15 @@ def test_a_module_without_numbers_writes_no_file(tmp_path):
     sharded.save(nn.Linear(2, 2), tmp_path, 0)
     sharded.restore(nn.Linear(2, 2), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def read_everywhere(rank: int) -> tuple[list[float], list[bool]]:
+    store = counted(Ranks(), range(5))
+    rows = store.read(torch.cat([ids_of(2), torch.tensor([12345])]), LIKE)
+    return rows[:-1].flatten().tolist(), rows[-1].isnan().tolist()
+
+
+def test_every_rank_reads_what_any_of_them_holds(ranks):
+    known = wanted(range(5))
+    flat = [x for name in ids_of(2).tolist() for x in known[name]]
+    assert ranks(2).run(read_everywhere) == [(flat, [True, True])] * 2
