@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 HOUSE = (
     "types config",
     "numerics exchange stopwatch shards views encoders blocks",
-    "similarity",
+    "similarity teacher",
     "objectives",
     "task",
     "optim",

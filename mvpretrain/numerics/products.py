@@ -142,25 +142,37 @@ def without_empty(lse: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 def scaled_tiles(
     rows: Tensor, columns: Tensor, scale: Tensor, which: Which, spare: tuple[Spare, Hashable] | None = None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """(rows, columns, scaled similarities) of each tile, -inf where a pair does not count; the buffer is used again."""
+    """(rows, columns, scaled similarities) of each tile, -inf where a pair does not count; the buffer is used again.
+
+    Tiles without a valid row or without a valid column are left out: nothing in them counts.
+    """
     room = rows.new_empty(ROWS * COLUMNS)  # one allocation: pages that are mapped anew cost as much as the product
+    there = [(j, *some_and_all(which.columns[j])) for j in slices(len(columns), COLUMNS)]
     for i in slices(len(rows), ROWS):
-        scaled, gone_rows = rows[i] * scale, ~which.rows[i]
-        some_gone = bool(gone_rows.any())
-        for j in slices(len(columns), COLUMNS):
+        some_rows, all_rows = some_and_all(which.rows[i])
+        if not some_rows:
+            continue
+        scaled = rows[i] * scale
+        for j, some_columns, all_columns in there:
+            if not some_columns:
+                continue
             kept = spare and spare[0].take((spare[1], i.start, j.start))
             if kept is not None:
                 yield i, j, kept
                 continue
             size = i.stop - i.start, j.stop - j.start
             tile = torch.mm(scaled, columns[j].T, out=room[: size[0] * size[1]].view(size))
-            if some_gone:
-                tile.masked_fill_(gone_rows[:, None], -torch.inf)
-            if not which.columns[j].all():
+            if not all_rows:
+                tile.masked_fill_(~which.rows[i, None], -torch.inf)
+            if not all_columns:
                 tile.masked_fill_(~which.columns[j], -torch.inf)
             if which.row_ids is not None and which.column_ids is not None:
                 tile.masked_fill_(which.row_ids[i, None] == which.column_ids[j], -torch.inf)
             yield i, j, tile
+
+
+def some_and_all(valid: Tensor) -> tuple[bool, bool]:
+    return bool(valid.any()), bool(valid.all())
 
 
 class Running:
