@@ -100,3 +100,40 @@ def test_rows_of_an_absent_view_leave_no_trace():
     found, wanted = (products.forward(r, columns, scale, which, both=True)[1] for r in (rows, other))
     assert found is not None and wanted is not None
     torch.testing.assert_close(found.lse, wanted.lse, rtol=0, atol=0)
+
+
+def test_tiles_in_which_nothing_counts_are_not_computed(monkeypatch):
+    """Their rows or columns are all absent, as those of a queue are in the students' views."""
+    rows, columns, scale, which = drawn(16, 23, True)
+    which = which._replace(rows=torch.arange(16) % 8 < 3, columns=torch.arange(23) // 5 % 2 == 0)
+    counted, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *given, **more: counted.append(1) or mm(*given, **more))
+    spare = products.Spare()
+    by_row, by_column = products.forward(rows, columns, scale, which, True, (spare, "name"))
+    assert by_column is not None
+    assert [(i.start, j.start) for i, j, _ in products.scaled_tiles(rows, columns, scale, which)] == [
+        (i, j) for i in (0, 8) for j in (0, 10, 20)
+    ]
+    assert len(counted) == 12 and len(spare.tiles) == 6
+    make = torch.Generator().manual_seed(3)
+    row_grad, column_grad = (torch.randn(n, generator=make, dtype=rows.dtype) for n in (16, 23))
+    given = rows, columns, scale, which, (by_row.lse, row_grad), (by_column.lse, column_grad)
+    kept, again = products.backward(*given, (spare, "name")), products.backward(*given)
+    assert len(counted) == 18 and not spare.tiles
+    whole = dense(rows, columns, scale, which)
+    for found, dim in ((by_row, 1), (by_column, 0)):
+        torch.testing.assert_close(found.lse, whole.logsumexp(dim), rtol=1e-12, atol=1e-12)
+    weight = whole.softmax(1).nan_to_num(0) * row_grad[:, None] + whole.softmax(0).nan_to_num(0) * column_grad
+    torch.testing.assert_close(kept, (weight @ columns, weight.T @ rows), rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(kept, again, rtol=0, atol=0)
+
+
+def test_nothing_at_all_counts():
+    rows, columns, scale, which = drawn(9, 11, False)
+    which = which._replace(rows=torch.zeros(9, dtype=torch.bool))
+    for found in products.forward(rows, columns, scale, which, both=True):
+        assert found is not None and bool((found.lse == -torch.inf).all()) and not found.best.any()
+    sums, grads = (torch.full((n,), -torch.inf, dtype=rows.dtype) for n in (9, 11)), torch.ones(11, dtype=rows.dtype)
+    row_lse, column_lse = sums
+    found = products.backward(rows, columns, scale, which, (row_lse, grads[:9]), (column_lse, grads))
+    assert not any(x.any() for x in found)
