@@ -107,9 +107,9 @@ def test_it_follows_by_its_momentum(momentum):
 @pytest.mark.parametrize("kind", objectives.door.kinds())
 def test_any_objective_takes_them(kind):
     """Two thirds of the rows are a queue's, half filled, in which the students are absent."""
-    config: dict[str, Any] = {"kind": kind}
-    if kind == "sum":
-        config["terms"] = [{"objective": {"kind": "infonce"}, "views": ["v0", "v1@teacher"]}]
+    terms = [{"objective": {"kind": "infonce"}, "views": ["v0", "v1@teacher"]}]
+    needed = {"sum": {"terms": terms}, "tempnet": {"dim": DIM}}  # what has no default
+    config = {"kind": kind, **needed.get(kind, {})}
     teacher = TeacherConfig(views=("v1",), queue=2 * ROWS)
     task = task_of(2, torch.float64, Alone(), config, teacher).train()
     with torch.no_grad():  # a teacher that is its student spans no volume with it
