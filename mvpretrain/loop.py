@@ -103,8 +103,11 @@ def build(recipe: Recipe, world: World) -> Engine:
 
 
 def start_from(task: Task, path: str) -> None:
-    """Weights of another run; what they lack stays as it is. ValueError: other shapes, or nothing that fits."""
-    weights = load_file(path)
+    """Weights of another run; what they lack stays as it is. ValueError: other shapes, or nothing that fits.
+
+    A teacher that they lack begins where the towers are; a queue begins empty.
+    """
+    weights = {name: value for name, value in load_file(path).items() if not name.startswith("teacher.queue.")}
     known = task.state_dict()
     misfits = [k for k in weights if k in known and weights[k].shape != known[k].shape]
     if misfits or not weights.keys() & known.keys():
@@ -115,6 +118,8 @@ def start_from(task: Task, path: str) -> None:
             f"{len(weights)} such tensors: size mismatch); give the towers the sizes they had"
         )
     task.load_state_dict(weights, strict=False)
+    if not any(name.startswith("teacher.") for name in weights):
+        task.teacher.restart(task.towers)
 
 
 class _Loop:

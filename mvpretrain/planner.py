@@ -112,7 +112,7 @@ class Model(NamedTuple):
     recipe: Recipe
     passes: Passes
     optimizer: Callable[[int | None, str], Optimizer]
-    weights: int  # bytes of all parameters, and of buffers twice
+    weights: int  # bytes of all parameters, the teacher's too, and of buffers twice, its queue among them
     trained: int  # bytes of those that have a gradient
     can_checkpoint: tuple[str, ...]  # towers that could, and do not yet
     process: int  # bytes of the process before there was a model, 0 for a GPU
@@ -139,11 +139,13 @@ def plan(model: Model, setting: Setting) -> Plan:
     recipe, cut = model.recipe, setting.at_a_time < setting.rows
     state = model.optimizer(setting.ranks if setting.stage else None, setting.device.type)
     always, beside = held(model, setting, state)
-    objective = recipe.objective.memory(len(recipe.views), setting.rows, setting.batch, recipe.dim)
+    columns, queue = len(recipe.columns()), recipe.teacher.queue if recipe.teacher else 0
+    local, every = setting.rows + queue // setting.ranks, setting.batch + queue
+    objective = recipe.objective.memory(columns, local, every, recipe.dim)
     forward, backward, again = model.passes.at(setting.at_a_time)
     if cut:
         # GradCache keeps the whole table and its gradient while it goes through the rows again.
-        table = 2 * len(recipe.views) * setting.rows * recipe.dim * 4
+        table = (len(recipe.views) + columns) * setting.rows * recipe.dim * 4
         moments = {
             "objective": {"objective": objective},
             "backward": {"activations": max(again).live + table, "gradients": model.trained},

@@ -41,6 +41,8 @@ def preview(recipe: Recipe, console: Console, memory: int | None = None) -> Plan
         f"engine: {kind} on {ranks} rank(s), {device.type}, {precision}; {rows} samples a rank\n"
         f"objective: {recipe.objective.kind}"
     )
+    if recipe.teacher:
+        console.print(taught(recipe, task))
     for damage in feed.damages(stream):
         console.print(damage, markup=False, highlight=False, soft_wrap=True)
     batch, _, skipped = next(iter(stream.batches(stream.start())))
@@ -67,6 +69,16 @@ def towers(recipe: Recipe, task: Task) -> Table:
         total, trained = sum(n for n, _ in counts), sum(n for n, on in counts if on)
         table.add_row(name, recipe.towers[name].encoder.kind, users, f"{total:,}", f"{trained:,}")
     return table
+
+
+def taught(recipe: Recipe, task: Task) -> str:
+    assert recipe.teacher
+    count = sum(p.numel() for p in task.teacher.parameters())
+    queue = f", a queue of {recipe.teacher.queue} rows" if recipe.teacher.queue else ""
+    return (
+        f"teacher: momentum {recipe.teacher.momentum}, views {', '.join(task.teacher.views)}, "
+        f"{count:,} parameters that are not trained{queue}"
+    )
 
 
 def first_batch(batch: Batch, skipped: Mapping[str, int], task: Task) -> Table:

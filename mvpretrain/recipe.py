@@ -21,6 +21,7 @@ from mvpretrain.shards.stream import StreamConfig
 from mvpretrain.shards.synthetic import SyntheticConfig
 from mvpretrain.shards.tars import ShardsConfig
 from mvpretrain.task import Task, TowerConfig
+from mvpretrain.teacher import TeacherConfig
 from mvpretrain.views import ViewConfig
 
 
@@ -108,6 +109,7 @@ class Recipe(Config):
         BeforeValidator(objectives.door.parse),
         WithJsonSchema({"door": "objective"}),
     ]
+    teacher: TeacherConfig | None = None
     dim: int = Field(default=128, ge=1)
     batch: int = Field(ge=2)  # global: the batch sequence, and so the run, does not depend on the number of ranks
     steps: int | None = Field(default=None, ge=1)
@@ -139,7 +141,9 @@ class Recipe(Config):
         for name in self.towers:
             if name not in self.towers_of_views().values():
                 raise ValueError(f"tower {name!r} encodes no view; remove it, or set views.<name>.tower={name}")
-        self.objective.check(list(self.views))
+        if self.teacher:
+            self.teacher.check(list(self.views), self.engine.ranks)
+        self.objective.check(self.columns())
         for name in self.evaluation.by_label:
             if name not in self.views:
                 raise ValueError(unknown("view in evaluation.by_label", name, self.views))
@@ -153,14 +157,18 @@ class Recipe(Config):
         """View name -> name of the tower that encodes it."""
         return {name: view.tower or name for name, view in self.views.items()}
 
+    def columns(self) -> list[str]:
+        """The views that the objective is given: those of the samples, then the teacher's."""
+        return [*self.views, *(self.teacher.names(self.views) if self.teacher else ())]
+
     def total_steps(self, samples: int) -> int:
         """Optimiser steps of the run over an epoch of this many samples."""
         return self.steps or math.ceil((self.epochs or 0) * samples / self.batch)
 
     def task(self, exchange: Exchange) -> Task:
         """The module that the engine wraps, freshly initialised from torch's generator."""
-        objective = self.objective.build(list(self.views), exchange)
-        return Task(self.towers_of_views(), self.towers, self.dim, objective, exchange)
+        objective = self.objective.build(self.columns(), exchange)
+        return Task(self.towers_of_views(), self.towers, self.dim, objective, exchange, self.teacher)
 
     def dump(self) -> str:
         """The resolved recipe as YAML that `load` reads back to an equal value."""

@@ -18,6 +18,7 @@ from mvpretrain.encoders import EncoderConfig
 from mvpretrain.exchange import Exchange, share
 from mvpretrain.numerics import geometry
 from mvpretrain.stopwatch import Stopwatch
+from mvpretrain.teacher import Teacher, TeacherConfig
 from mvpretrain.types import Batch, Embeddings, Encoder, Losses, Objective, View
 
 HEALTH_ROWS = 256  # rows that the per-step health figures look at: enough for two digits, nothing in time
@@ -170,10 +171,12 @@ class Task(nn.Module):
         dim: int,
         objective: Objective,
         exchange: Exchange,
+        teacher: TeacherConfig | None = None,
     ):
         super().__init__()
         self.views = dict(views)
         self.towers = nn.ModuleDict({name: Tower(config, dim) for name, config in towers.items()})
+        self.teacher = Teacher(teacher, views, self.towers, dim, exchange)
         self.objective = objective
         self.exchange = exchange
         self.stopwatch = Stopwatch()
@@ -183,36 +186,51 @@ class Task(nn.Module):
         z = {v: unit(x) for v, x in self.through(batch, self.towers).items()}
         return Embeddings(z, batch.ids, batch.present, batch.labels)
 
+    def table(self, batch: Batch) -> Embeddings:
+        """What the objective reads of these rows: `encode`, and beside it the teacher's views, without a graph."""
+        local = self.encode(batch)
+        with torch.no_grad():
+            taught = self.through(batch, self.teacher.towers, self.teacher.views)
+            return self.teacher.beside(local, {name: unit(x) for name, x in taught.items()})
+
     def features(self, batch: Batch) -> dict[str, Tensor]:
         """The encoders' outputs before the heads: what probes and fine-tuning read."""
         return self.through(batch, {name: cast(Tower, tower).encoder for name, tower in self.towers.items()})
 
-    def through(self, batch: Batch, modules: Mapping[str, nn.Module] | nn.ModuleDict) -> dict[str, Tensor]:
-        """Each view through the module of its tower."""
+    def through(
+        self, batch: Batch, modules: Mapping[str, nn.Module] | nn.ModuleDict, views: Mapping[str, str] | None = None
+    ) -> dict[str, Tensor]:
+        """Each view through the module of its tower; `views` are the task's own, or the teacher's."""
+        views = self.views if views is None else views
+        data = {v: batch.views[self.teacher.originals.get(v, v)] for v in views}
         together: dict[tuple[str, Any], list[str]] = defaultdict(list)
-        for v, tower in self.views.items():
-            view = batch.views[v]
+        for v, tower in views.items():
+            view = data[v]
             together[tower, (view.data.shape, view.mask is None)].append(v)
         out = {}
         for (tower, _), names in together.items():
-            result = modules[tower](joined([batch.views[v] for v in names]))
+            result = modules[tower](joined([data[v] for v in names]))
             out.update(zip(names, result.chunk(len(names))))
-        return {v: out[v] for v in self.views}
+        return {v: out[v] for v in views}
 
     def forward(self, batch: Batch, pull: Pull | None = None) -> Losses | Tensor:
         """The losses; with `pull`, a scalar whose gradient in the parameters is what these rows add to the loss's."""
         with self.stopwatch("encode"):
-            local = self.encode(batch)
+            local = self.table(batch) if pull is None else self.encode(batch)
         return self.score(local) if pull is None else self.pulled(local, pull)
 
     def score(self, local: Embeddings) -> Losses:
-        """The losses of a table of this rank's rows: gather once, objective."""
+        """The losses of a table of this rank's rows: gather once, objective; in training, the queue takes them in."""
+        queue = self.teacher.queue
         with torch.autocast(local.ids.device.type, enabled=False):
             with self.stopwatch("gather"):
                 mine, every = share(local, self.exchange, getattr(self.objective, "gathers", None))
             with self.stopwatch("objective"):
-                losses = self.objective(mine, every)
-            return Losses(losses.total, {**losses.parts, **health(local)})
+                losses = self.objective(*(queue.behind(mine, every) if queue else (mine, every)))
+            if queue and self.training:
+                queue.push(mine, every)
+            students = local._replace(z={v: local.z[v] for v in self.views})
+            return Losses(losses.total, {**losses.parts, **health(students)})
 
     def pulled(self, local: Embeddings, pull: Pull) -> Tensor:
         """sum <z, dL/dz>, and the same of the objective's parameters."""

@@ -112,6 +112,7 @@ def assert_equal_runs(one: Path, other: Path, step: int) -> None:
 @pytest.mark.parametrize(("kind", "ranks", "micro_batch"), [("none", 1, "7"), ("zero2", 2, "null")])
 def test_killed_run_resumes_bit_for_bit(tmp_path, kind, ranks, micro_batch):
     settings = (f"engine.kind={kind}", f"engine.micro_batch={micro_batch}")
+    settings += ("teacher={momentum: 0.9, views: [a, b], queue: 48}",)
     whole, broken = recipe(tmp_path, "whole"), recipe(tmp_path, "broken")
     done = run(ranks, whole, *settings)
     assert done.returncode == 0, done.stderr[-3000:]

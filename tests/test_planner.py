@@ -110,6 +110,18 @@ def test_a_gpu_sets_deepspeeds_bucket_aside_and_offloading_moves_the_state_to_th
     assert planner.plan(small, gpu).moments["backward"][planner.BUCKETS] == 4000
 
 
+def test_a_teacher_takes_weights_a_queue_and_more_columns() -> None:
+    taught = recipe.parse(VALUE | {"teacher": {"views": ["c"], "queue": 4096}})
+    task = taught.task(Alone())
+    model_of_it = planner.study(taught, task, batch_of(recipe_of()), CPU, "fp32", process=7_000_000)
+    setting = Setting("none", 1, CPU, "fp32", 96, None, False)
+    found, without = (planner.plan(m, setting).moments["objective"] for m in (model_of_it, model()))
+    queue = 4096 * (32 * 4 + 1 + 8 + 8)  # z, present, ids and labels; twice, for what undoes a step
+    weights = sum(p.numel() * 4 for p in task.towers["c"].parameters())
+    assert found["weights"] - without["weights"] == weights + 2 * queue
+    assert found["objective"] == taught.objective.memory(4, 96 + 4096, 96 + 4096, 32)
+
+
 def test_smaller_micro_batches_take_less() -> None:
     peaks = [planner.plan(model(), setting(micro_batch=n)).peak for n in (1, 2, 6, 12, 95)]
     assert peaks == sorted(peaks) and peaks[0] < peaks[-1]

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from mvpretrain import recipe
+from mvpretrain.exchange import Alone
 from mvpretrain.planner import Plan
 from mvpretrain.preview import preview
 from tests import test_data_faults as shards
@@ -57,8 +58,6 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_towers_steps_memory_and_shapes(tmp_path: Path) -> None:
     text = said(VALUE)
     whole = recipe.parse(VALUE)
-    from mvpretrain.exchange import Alone
-
     counts = [sum(p.numel() for p in tower.parameters()) for tower in whole.task(Alone()).towers.values()]
     assert counts[0] == 4 * 8 + 8 + 8 * 6  # layer, bias, head
     assert f"both mlp a, b {counts[0]} 48 c transformer c {counts[1]:,} {counts[1]:,}" in text
@@ -68,6 +67,13 @@ def test_towers_steps_memory_and_shapes(tmp_path: Path) -> None:
     assert "a 20x4 float32 none 20 of 20 20x6" in text
     assert "c 20x12 int64" in text and "of 20 20x6" in text
     assert not list(tmp_path.iterdir())
+
+
+def test_a_teacher_is_named() -> None:
+    text = said({**VALUE, "teacher": {"momentum": 0.9, "views": ["c"], "queue": 40}})
+    count = sum(p.numel() for p in recipe.parse(VALUE).task(Alone()).towers["c"].parameters())
+    words = f"teacher: momentum 0.9, views c@teacher, {count:,} parameters that are not trained, a queue of 40 rows"
+    assert words in text and "teacher:" not in said(VALUE)
 
 
 def test_ranks_that_are_not_there_yet() -> None:

@@ -41,5 +41,5 @@ def prepare(task: Task, config: EngineConfig, kind: str) -> None:
     if config.compile:
         if kind == "zero3":
             raise ValueError("engine.compile with engine.kind=zero3: weights are not there when it traces; use zero2")
-        for tower in task.towers.values():
+        for tower in (*task.towers.values(), *task.teacher.towers.values()):
             tower.compile()

@@ -70,6 +70,9 @@ class Accelerated:
         self.optimizer.zero_grad()
         return float(norm), stepped
 
+    def follow(self) -> None:
+        self.task.teacher.follow(self.task.towers)
+
     def save(self, folder: Path) -> None:
         if self.world.rank == 0:
             scaler = self.accelerator.scaler

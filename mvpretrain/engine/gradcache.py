@@ -36,6 +36,8 @@ def step(engine: Engine, batch: Batch, values: Sequence[float]) -> Step:
         backward()
         with task.stopwatch("optimizer"):
             norm, good = engine.descend()
+            if good:
+                engine.follow()
     if not good:
         put_back(task, before)
         sharded.forget(task)
@@ -99,30 +101,33 @@ def part(batch: Batch, begin: int, end: int) -> Batch:
 def in_two_passes(engine: Engine, batch: Batch, pieces: Pieces) -> tuple[Losses, Callable[[], None]]:
     """(the losses, how to go back from them), one micro-batch's activations at a time."""
     z, memory = first_pass(engine, pieces)
-    leaves = {v: x.requires_grad_() for v, x in z.items()}
-    device = engine.world.device
+    task, device = engine.task, engine.world.device
+    leaves = {v: z[v].requires_grad_() for v in task.views}
     present = {v: p.to(device, non_blocking=True) for v, p in batch.present.items()}
-    # A dict of its own: ZeRO-3's hooks replace the tensors in those that modules are given.
-    table = Embeddings(dict(leaves), batch.ids.to(device), present, batch.labels.to(device))
-    losses = engine.task.score(table)
+    students = Embeddings(leaves, batch.ids.to(device), present, batch.labels.to(device))
+    # A table of its own: ZeRO-3's hooks replace the tensors in the dicts that modules are given.
+    losses = task.score(task.teacher.beside(students, {v: z[v] for v in task.teacher.views}))
     return losses, partial(second_pass, engine, pieces, memory, leaves, losses.total)
 
 
 @torch.no_grad()
 def first_pass(engine: Engine, pieces: Pieces) -> tuple[dict[str, Tensor], Memory]:
-    """The embeddings of this rank's rows."""
+    """The embeddings of this rank's rows, the teacher's among them: the second pass is the students' alone."""
     task, device = engine.task, engine.world.device
     precision = engine.world.precision if engine.config.first_pass == "same" else engine.config.first_pass
     tables: list[dict[str, Tensor]] = []
     generators = [generators_of(device)]
     buffers: list[Tensor] = []
+    taught: list[Tensor] = []
     with task.stopwatch("encode"), autocast(device, precision):
         for i, piece in enumerate(pieces.batches):
-            tables.append(task.encode(piece.to(device)).z)
+            tables.append(task.table(piece.to(device)).z)
             generators.append(generators_of(device))
             if i + 1 == pieces.own:
-                buffers = remember(task.towers)
-    set_generators(device, generators[pieces.own])  # as if the repeated rows had not been there
+                buffers, taught = remember(task.towers), remember(task.teacher.towers)
+    # As if the repeated rows had not been there.
+    set_generators(device, generators[pieces.own])
+    put_back(task.teacher.towers, taught)
     z = {v: torch.cat([table[v] for table in tables[: pieces.own]]) for v in tables[0]}
     return z, Memory(generators, buffers)
 

@@ -57,6 +57,10 @@ class Engine(Protocol):
         """(gradient norm, whether the optimiser has stepped): clip, step, forget the gradient."""
         ...
 
+    def follow(self) -> None:
+        """Let the teacher take its step towards the weights that `descend` has left."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write model, optimiser and scaler state; every rank calls it."""
         ...
@@ -106,7 +110,7 @@ def encoding(engine: Engine) -> Iterator[Task]:
     """
     world = engine.world
     engine.task.eval()
-    for buffer in engine.task.towers.buffers():
+    for buffer in (*engine.task.towers.buffers(), *engine.task.teacher.towers.buffers()):
         if buffer.dtype != torch.bool:
             buffer.copy_(world.exchange.sum(buffer if world.rank == 0 else torch.zeros_like(buffer)))
     with torch.no_grad(), autocast(world.device, world.precision):

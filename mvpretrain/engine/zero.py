@@ -88,6 +88,21 @@ class Zero:
             )
         return norm, stepped
 
+    def follow(self) -> None:
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        teacher = self.task.teacher
+        if self.stage < 3:
+            teacher.follow(self.task.towers)
+            return
+        # Equal shapes are cut alike, so that each rank's pieces of the two belong together and nothing is sent.
+        teacher.follow(self.task.towers, lambda p: cast(Any, p).ds_tensor)
+        # Small weights are also held whole, and their wholes are of before.
+        whole: list[Any] = [p for p in teacher.parameters() if cast(Any, p).ds_status == ZeroParamStatus.AVAILABLE]
+        if whole:
+            whole[0].partition(whole)
+            whole[0].all_gather(whole)
+
     def _prepare_for_passes(self) -> None:
         import deepspeed
 

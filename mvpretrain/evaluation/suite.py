@@ -18,7 +18,8 @@ from mvpretrain.types import Batch, Embeddings
 class MeanLoss:
     """The objective over the batches, each weighted by its samples; those differ in number only in the last batch.
 
-    Contrastive losses grow with the number of candidates: compare values of equal batch sizes only.
+    Contrastive losses grow with the number of candidates: compare values of equal batch sizes only. The students stand
+    in for their teacher, and there is no queue.
     """
 
     def __init__(self, task: Task, exchange: Exchange):
@@ -28,7 +29,7 @@ class MeanLoss:
 
     def add(self, local: Embeddings, every: Embeddings) -> None:
         with torch.autocast(local.ids.device.type, enabled=False):
-            losses = self.task.objective(local, every)
+            losses = self.task.objective(*map(self.task.teacher.stood_in_for, (local, every)))
         rows = int(torch.stack(list(every.present.values())).any(dim=0).sum())
         self.sum += rows * losses.total.detach().double()
         self.rows += rows

@@ -30,6 +30,44 @@ class Sums(NamedTuple):
     best: Int[Tensor, " b"]
 
 
+class Some(NamedTuple):
+    """The places of the rows and columns that are valid, where either are less than half.
+
+    Then they are worked on alone: in the students' views, all rows of a queue are absent.
+    """
+
+    rows: Int[Tensor, " r"] | slice
+    columns: Int[Tensor, " c"] | slice
+    nothing: bool
+
+    @classmethod
+    def of(cls, which: Which) -> Some | None:
+        rows, columns = torch.stack([which.rows.sum(), which.columns.sum()]).tolist()
+        if 2 * rows >= len(which.rows) and 2 * columns >= len(which.columns):
+            return None
+        return cls(_places(which.rows, rows), _places(which.columns, columns), not rows or not columns)
+
+    def which(self, which: Which) -> Which:
+        valid = which.rows[self.rows], which.columns[self.columns]
+        if which.row_ids is None or which.column_ids is None:
+            return Which(*valid)
+        return Which(*valid, which.row_ids[self.rows], which.column_ids[self.columns])
+
+    def turned(self) -> Some:
+        return Some(self.columns, self.rows, self.nothing)
+
+    def spread(self, sums: Sums, valid: Bool[Tensor, " b"]) -> Sums:
+        """The sums of the rows that are worked on, as those of all rows."""
+        best = sums.best if isinstance(self.columns, slice) else self.columns[sums.best]
+        whole = Sums(sums.lse.new_full((len(valid),), -torch.inf), torch.zeros_like(valid, dtype=torch.int64))
+        whole.lse[self.rows], whole.best[self.rows] = sums.lse, best.masked_fill(sums.lse == -torch.inf, 0)
+        return whole
+
+
+def _places(valid: Tensor, count: int) -> Tensor | slice:
+    return slice(None) if count == len(valid) else valid.nonzero().squeeze(1)
+
+
 class Spare:
     """Tiles of a forward pass that its backward takes instead of computing them again: those that fit a fixed room.
 
@@ -63,6 +101,11 @@ def forward(
     No gradient. A row or column that is paired with nothing has lse and top -inf and best 0. Memory: one tile,
     and those put into `spare` under the given name.
     """
+    if some := Some.of(which):
+        if some.nothing:
+            return Running(len(rows), rows).sums(), Running(len(columns), rows).sums() if both else None
+        found = forward(rows[some.rows], columns[some.columns], scale, some.which(which), both, spare)
+        return some.spread(found[0], which.rows), some.turned().spread(found[1], which.columns) if found[1] else None
     if _on_gpu(rows, columns):
         return _fused_forward(rows, columns, scale, which, both)
     by_row = Running(len(rows), rows)
@@ -107,6 +150,13 @@ def backward(
     these rows. One product recomputes a tile, two use it; a side that is not asked for stays 0. -inf sums have no
     gradient.
     """
+    if some := Some.of(which):
+        to_rows, to_columns = (x.new_zeros(x.shape, dtype=by_row[0].dtype) for x in (rows, columns))
+        if not some.nothing:
+            i, j = some.rows, some.columns
+            sums = (by_row[0][i], by_row[1][i]), (by_column[0][j], by_column[1][j]) if by_column else None
+            to_rows[i], to_columns[j] = backward(rows[i], columns[j], scale, some.which(which), *sums, spare, sides)
+        return to_rows, to_columns
     if _on_gpu(rows, columns):
         return _fused_backward(rows, columns, scale, which, by_row, by_column)
     row_lse, row_grad = without_empty(*by_row)
@@ -146,25 +196,37 @@ def without_empty(lse: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 def scaled_tiles(
     rows: Tensor, columns: Tensor, scale: Tensor, which: Which, spare: tuple[Spare, Hashable] | None = None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """(rows, columns, scaled similarities) of each tile, -inf where a pair does not count; the buffer is used again."""
+    """(rows, columns, scaled similarities) of each tile, -inf where a pair does not count; the buffer is used again.
+
+    Tiles without a valid row or without a valid column are left out: nothing in them counts.
+    """
     room = rows.new_empty(ROWS * COLUMNS)  # one allocation: pages that are mapped anew cost as much as the product
+    there = [(j, *some_and_all(which.columns[j])) for j in slices(len(columns), COLUMNS)]
     for i in slices(len(rows), ROWS):
-        scaled, gone_rows = rows[i] * scale, ~which.rows[i]
-        some_gone = bool(gone_rows.any())
-        for j in slices(len(columns), COLUMNS):
+        some_rows, all_rows = some_and_all(which.rows[i])
+        if not some_rows:
+            continue
+        scaled = rows[i] * scale
+        for j, some_columns, all_columns in there:
+            if not some_columns:
+                continue
             kept = spare and spare[0].take((spare[1], i.start, j.start))
             if kept is not None:
                 yield i, j, kept
                 continue
             size = i.stop - i.start, j.stop - j.start
             tile = torch.mm(scaled, columns[j].T, out=room[: size[0] * size[1]].view(size))
-            if some_gone:
-                tile.masked_fill_(gone_rows[:, None], -torch.inf)
-            if not which.columns[j].all():
+            if not all_rows:
+                tile.masked_fill_(~which.rows[i, None], -torch.inf)
+            if not all_columns:
                 tile.masked_fill_(~which.columns[j], -torch.inf)
             if which.row_ids is not None and which.column_ids is not None:
                 tile.masked_fill_(which.row_ids[i, None] == which.column_ids[j], -torch.inf)
             yield i, j, tile
+
+
+def some_and_all(valid: Tensor) -> tuple[bool, bool]:
+    return bool(valid.any()), bool(valid.all())
 
 
 class Running:

@@ -21,9 +21,10 @@ class ISogCLRConfig(AveragedConfig):
 
     `rho` in nats: of N negatives, about N e^-rho decide. The gradient of a temperature is rho less the distance of the
     negatives' weights from equal ones, which is at most the logarithm of a batch's negatives: where rho is above that,
-    every temperature ends at `min` (small batches want 0.4 to 2; 6 is for 1,024 rows). A temperature starts at `init`, stays in [min, max] and moves
-    by `rate` times the moving average (`momentum` is a batch's share in it) of its gradient, clipped at `clip`; both
-    are kept by id. `published: true` counts the positive among the negatives of two different views.
+    every temperature ends at `min` (small batches want 0.4 to 2; 6 is for 1,024 rows). A temperature starts at `init`,
+    stays in [min, max] and moves by `rate` times the moving average (`momentum` is a batch's share in it) of its
+    gradient, clipped at `clip`; both are kept by id. `published: true` counts the positive among the negatives of two
+    different views.
     """
 
     kind: Literal["isogclr"] = "isogclr"

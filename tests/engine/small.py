@@ -13,6 +13,7 @@ from mvpretrain import objectives, optim
 from mvpretrain.exchange import Exchange
 from mvpretrain.optim import OptimizerConfig
 from mvpretrain.task import HeadConfig, Task, Tower, TowerConfig
+from mvpretrain.teacher import TeacherConfig
 from mvpretrain.types import Batch, View
 
 ROWS, WIDTH, DIM = 12, 6, 5
@@ -49,16 +50,29 @@ def tower(**changes: Any) -> TowerConfig:
     return TowerConfig(encoder=encoder, **{"head": HeadConfig(layers=2), **changes})  # type: ignore[arg-type]
 
 
-def task_of(k: int, dtype: torch.dtype, exchange: Exchange, objective: Any = None, **changes: Any) -> Task:
-    """Two views share a tower; the others have their own, which are changed as asked. A class of objective is built."""
+def task_of(
+    k: int,
+    dtype: torch.dtype,
+    exchange: Exchange,
+    objective: Any = None,
+    teacher: TeacherConfig | None = None,
+    **changes: Any,
+) -> Task:
+    """Two views share a tower; the others have their own, which are changed as asked.
+
+    `objective`: settings, a class to call, or one that is there.
+    """
     torch.manual_seed(0)
     views = {f"v{i}": "t0" if i < 2 else f"t{i}" for i in range(k)}
     if objective is None:
-        settings = {"kind": "infonce", "temperature": {"init": 0.2, "per_pair": True}}
-        objective = objectives.build(settings, list(views), exchange)
+        objective = {"kind": "infonce", "temperature": {"init": 0.2, "per_pair": True}}
+    if isinstance(objective, dict):
+        names = [*views, *(teacher.names(views) if teacher else ())]
+        objective = objectives.build(objective, names, exchange)
     elif isinstance(objective, type):
         objective = objective()
-    return Task(views, {t: tower(**changes) for t in sorted(set(views.values()))}, DIM, objective, exchange).to(dtype)
+    towers = {t: tower(**changes) for t in sorted(set(views.values()))}
+    return Task(views, towers, DIM, objective, exchange, teacher).to(dtype)
 
 
 def engine_of(kind: str, task: Any = None, optimizer: Any = None, size: int = 1, **settings: Any) -> Any:

@@ -15,14 +15,15 @@ from mvpretrain.checkpoint import Place
 from mvpretrain.engine import encoding
 from mvpretrain.shards.stream import Cursor
 from mvpretrain.task import HeadConfig
+from mvpretrain.teacher import TeacherConfig
 from tests.engine.small import batch_of, engine_of, held, optimizer_of, rows_of, task_of
 
 HERE = Place(3, Cursor(0, (36,)), {}, {})
 
 
-def noisy(kind: str, norm: str = "batch", **settings: Any) -> Any:
+def noisy(kind: str, norm: str = "batch", teacher: TeacherConfig | None = None, **settings: Any) -> Any:
     """An engine whose steps draw random numbers (dropout), with moments (AdamW) and batch statistics."""
-    changes = {"encoder": {"dropout": 0.3}, "head": HeadConfig(layers=2, norm=norm)}
+    changes = {"encoder": {"dropout": 0.3}, "head": HeadConfig(layers=2, norm=norm), "teacher": teacher}
     return engine_of(kind, lambda exchange: task_of(3, torch.float32, exchange, **changes), optimizer_of, **settings)
 
 
@@ -46,15 +47,15 @@ def evaluated(engine: Any) -> Tensor:
 
 
 def whole_and_resumed(
-    rank: int, kind: str, folder: Path, micro_batch: int | None = None
+    rank: int, kind: str, folder: Path, micro_batch: int | None = None, teacher: TeacherConfig | None = None
 ) -> tuple[dict[str, bool], Tensor, dict[str, Tensor]]:
     """Six steps, against three, a checkpoint, and three from it: what is equal, what evaluation sees, the weights."""
-    engine = noisy(kind, micro_batch=micro_batch)
+    engine = noisy(kind, teacher=teacher, micro_batch=micro_batch)
     torch.manual_seed(rank)
     advance(engine, 0, 3)
     checkpoint.save(folder, engine, plan(folder), HERE)
     losses, seen, weights = advance(engine, 3, 3), evaluated(engine), engine.weights()
-    fresh = noisy(kind, micro_batch=micro_batch)
+    fresh = noisy(kind, teacher=teacher, micro_batch=micro_batch)
     torch.manual_seed(7)  # a new process's generators know nothing of the old
     equals = {"place": checkpoint.load(checkpoint.find(folder), fresh) == HERE}
     equals |= {"losses": losses == advance(fresh, 3, 3), "evaluation": torch.equal(seen, evaluated(fresh))}
@@ -87,6 +88,27 @@ def test_going_on_in_one_process(tmp_path, micro_batch):
     equals, _, weights = whole_and_resumed(0, "none", tmp_path, micro_batch)
     assert all(equals.values()), equals
     assert len(weights) == len(noisy("none").task.state_dict())
+
+
+TAUGHT = TeacherConfig(momentum=0.5, views=("v1", "v2"), queue=16)
+
+
+def assert_taught(equals: dict[str, bool], weights: dict[str, Tensor]) -> None:
+    assert all(equals.values()), equals
+    ids, name = weights["teacher.queue.ids"], "head.0.weight"
+    assert len(ids) == TAUGHT.queue and not (ids == -1).any()
+    assert not torch.equal(weights[f"teacher.towers.t0.{name}"], weights[f"towers.t0.{name}"])
+
+
+@pytest.mark.parametrize(("kind", "micro_batch"), [("ddp", None), ("ddp", 3), ("zero1", None), ("zero3", None)])
+def test_going_on_with_a_teacher_and_its_queue(ranks, tmp_path, kind, micro_batch):
+    (equals, _, weights), (others, *_) = ranks(2).run(whole_and_resumed, kind, tmp_path, micro_batch, TAUGHT)
+    assert_taught(equals | {f"{name} on rank 1": one for name, one in others.items()}, weights)
+
+
+def test_going_on_with_a_teacher_in_one_process(tmp_path):
+    equals, _, weights = whole_and_resumed(0, "none", tmp_path, None, TAUGHT)
+    assert_taught(equals, weights)
 
 
 def weights_and_embedding(rank: int, kind: str) -> tuple[dict[str, Tensor], Tensor]:

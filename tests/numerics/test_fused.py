@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mvpretrain.numerics import fused
+from mvpretrain.numerics import fused, products
 from tests.numerics.offline import Compiled, compile_only, interpret
 from tests.ranks import Pool
 
@@ -153,6 +153,33 @@ def in_slabs(rank: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_many_slabs_and_parts(interpreted: Run, dtype: torch.dtype) -> None:
     interpreted(in_slabs, dtype)
+
+
+def where_few_count(rank: int) -> None:
+    """A tenth of the rows: the kernels are given those, and what comes back is as from the ordinary tiles."""
+    rows, columns, scale, _, valid, *ids = drawn(70, 131, 20, with_ids=True)
+    which = products.Which(torch.arange(70) % 10 == 3, valid, *ids)
+    make = torch.Generator().manual_seed(7)
+    row_grad, column_grad = (torch.randn(n, generator=make) for n in (70, 131))
+    found, kernels, given = [], fused.forward, []
+    on_gpu = products._on_gpu
+    try:
+        fused.forward = lambda *args, **more: given.append(len(args[0])) or kernels(*args, **more)
+        for chosen in (False, True):
+            products._on_gpu = lambda *tables, chosen=chosen: chosen
+            row, column = products.forward(rows, columns, scale, which, both=True)
+            assert column is not None
+            sums = (row.lse, row_grad), (column.lse, column_grad)
+            found.append((row, column, products.backward(rows, columns, scale, which, *sums)))
+    finally:
+        fused.forward, products._on_gpu = kernels, on_gpu
+    assert given == [7]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
+@without_triton
+def test_rows_that_count_alone(interpreted: Run) -> None:
+    interpreted(where_few_count)
 
 
 def nothing_counts(rank: int) -> None:

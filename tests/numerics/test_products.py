@@ -100,3 +100,69 @@ def test_rows_of_an_absent_view_leave_no_trace():
     found, wanted = (products.forward(r, columns, scale, which, both=True)[1] for r in (rows, other))
     assert found is not None and wanted is not None
     torch.testing.assert_close(found.lse, wanted.lse, rtol=0, atol=0)
+
+
+def counting_products(monkeypatch) -> list[tuple[int, ...]]:
+    """The shapes of the tiles that are computed from now on."""
+    counted, mm = [], torch.mm
+
+    def counting(one: Tensor, other: Tensor, **more: Tensor) -> Tensor:
+        counted.append((len(one), other.shape[1]))
+        return mm(one, other, **more)
+
+    monkeypatch.setattr(torch, "mm", counting)
+    return counted
+
+
+def check_both_ways(rows: Tensor, columns: Tensor, scale: Tensor, which: Which) -> None:
+    """Sums and gradient against the dense table, tiles computed again or spared."""
+    spare = products.Spare()
+    by_row, by_column = products.forward(rows, columns, scale, which, True, (spare, "name"))
+    assert by_column is not None and spare.tiles
+    make = torch.Generator().manual_seed(3)
+    row_grad, column_grad = (torch.randn(len(x), generator=make, dtype=rows.dtype) for x in (rows, columns))
+    given = rows, columns, scale, which, (by_row.lse, row_grad), (by_column.lse, column_grad)
+    kept = products.backward(*given, (spare, "name"))
+    assert not spare.tiles
+    torch.testing.assert_close(kept, products.backward(*given), rtol=0, atol=0)
+    whole = dense(rows, columns, scale, which)
+    for found, dim in ((by_row, 1), (by_column, 0)):
+        torch.testing.assert_close(found.lse, whole.logsumexp(dim), rtol=1e-12, atol=1e-12)
+        some = found.lse > -torch.inf
+        assert torch.equal(found.best[some], whole.argmax(dim)[some]) and not found.best[~some].any()
+    weight = whole.softmax(1).nan_to_num(0) * row_grad[:, None] + whole.softmax(0).nan_to_num(0) * column_grad
+    torch.testing.assert_close(kept, (weight @ columns, weight.T @ rows), rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_tiles_in_which_nothing_counts_are_not_computed(monkeypatch, with_ids):
+    """Some of the rows in both ways here, and some of the columns in one."""
+    rows, columns, scale, which = drawn(16, 23, with_ids)
+    which = which._replace(rows=torch.arange(16) // 4 != 1, columns=torch.arange(23) // 5 % 4 != 1)
+    tiles = [(i.start, j.start) for i, j, _ in products.scaled_tiles(rows, columns, scale, which)]
+    assert tiles == [(i, j) for i in (0, 8, 12) for j in (0, 10, 15, 20)]
+    counted = counting_products(monkeypatch)
+    check_both_ways(rows, columns, scale, which)
+    assert counted == 2 * [(4, 5), (4, 5), (4, 5), (4, 3)] * 3  # the one backward of two that is not spared
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+@pytest.mark.parametrize(("few", "whole"), [((3, 0), 23), ((7, 8), 13), ((16, 2), 2)])
+def test_where_few_count_they_are_worked_on_alone(monkeypatch, few, whole, with_ids):
+    """Of 16 rows 3 and of 23 columns all; of both some; all rows and two columns."""
+    rows, columns, scale, which = drawn(16, 23, with_ids)
+    count, begin = few
+    which = which._replace(rows=(torch.arange(16) * 5 + begin) % 16 < count, columns=torch.arange(23) * 7 % 23 < whole)
+    counted = counting_products(monkeypatch)
+    check_both_ways(rows, columns, scale, which)
+    assert sum(b * n for b, n in counted) == 2 * count * whole
+
+
+@pytest.mark.parametrize("none", ["rows", "columns"])
+def test_nothing_at_all_counts(none):
+    rows, columns, scale, which = drawn(9, 11, False)
+    which = which._replace(**{none: torch.zeros_like(getattr(which, none))})
+    for found in products.forward(rows, columns, scale, which, both=True):
+        assert found is not None and bool((found.lse == -torch.inf).all()) and not found.best.any()
+    row, column = ((torch.full((n,), -torch.inf, dtype=rows.dtype), torch.ones(n, dtype=rows.dtype)) for n in (9, 11))
+    assert not any(x.any() for x in products.backward(rows, columns, scale, which, row, column))
