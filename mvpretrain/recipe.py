@@ -140,6 +140,8 @@ class Recipe(Config):
             if name not in self.towers_of_views().values():
                 raise ValueError(f"tower {name!r} encodes no view; remove it, or set views.<name>.tower={name}")
         self.objective.check(list(self.views))
+        for tower in self.towers.values():
+            tower.head.check(self.dim, self.objective.projection_heads())
         for name in self.evaluation.by_label:
             if name not in self.views:
                 raise ValueError(unknown("view in evaluation.by_label", name, self.views))
@@ -159,8 +161,9 @@ class Recipe(Config):
 
     def task(self, exchange: Exchange) -> Task:
         """The module that the engine wraps, freshly initialised from torch's generator."""
-        objective = self.objective.build(list(self.views), exchange)
-        return Task(self.towers_of_views(), self.towers, self.dim, objective, exchange)
+        objective = self.objective.for_dim(self.dim).build(list(self.views), exchange)
+        heads = self.objective.projection_heads()
+        return Task(self.towers_of_views(), self.towers, self.dim, objective, exchange, heads)
 
     def dump(self) -> str:
         """The resolved recipe as YAML that `load` reads back to an equal value."""

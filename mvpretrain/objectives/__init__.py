@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from mvpretrain.config import Config, Door, Foreign, Kind, call_foreign
+from mvpretrain.config import Config, Door, Foreign, Kind, call_foreign, unknown
 from mvpretrain.exchange import Alone, Exchange
 from mvpretrain.numerics.bounded import bounded_exp
 from mvpretrain.types import Objective
@@ -22,6 +23,14 @@ class ObjectiveConfig(Kind):
     def check(self, views: Sequence[str]) -> None:
         """ValueError where the objective asks for a view that is not among `views`."""
 
+    def projection_heads(self) -> int:
+        """In how many heads of equal width every tower's projection must come; one where not said."""
+        return 1
+
+    def for_dim(self, dim: int) -> ObjectiveConfig:
+        """These settings for tables of this width: only objectives with networks of their own need to know it."""
+        return self
+
     def build(self, views: Sequence[str], exchange: Exchange) -> Objective:
         """The objective over these views; `exchange` is for those that must tell ranks more than the table."""
         raise TypeError(f"{type(self).__name__} must define build")
@@ -30,6 +39,23 @@ class ObjectiveConfig(Kind):
         """Bytes that one rank holds at the peak of loss and gradient, beyond its own embeddings."""
         table = every * dim * views * 4
         return 3 * table  # the gathered table, its gradient, and the packed copy
+
+
+def pairs_of(asked: str | Sequence[tuple[str, str]], views: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs of views that `pairs` asks for: `all`, a view name (that view against each other one), or a list.
+
+    ValueError: a view that is not among `views`, or that is paired with itself.
+    """
+    if asked == "all":
+        return list(combinations(views, 2))
+    pairs = [(asked, v) for v in views if v != asked] if isinstance(asked, str) else list(asked)
+    for v in {v for pair in pairs for v in pair}:
+        if v not in views:
+            raise ValueError(unknown("view in objective.pairs", v, views))
+    for u, v in pairs:
+        if u == v:
+            raise ValueError(f"objective.pairs names {u!r} against itself; a pair is two different views")
+    return pairs
 
 
 class Temperature(Config):
@@ -72,12 +98,17 @@ door = Door("mvpretrain.objectives", ObjectiveConfig, ForeignObjective, "objecti
 
 
 def build(
-    config: dict[str, Any] | ObjectiveConfig, views: Sequence[str], exchange: Exchange | None = None
+    config: dict[str, Any] | ObjectiveConfig,
+    views: Sequence[str],
+    exchange: Exchange | None = None,
+    dim: int | None = None,
 ) -> Objective:
     """An objective from settings as a recipe writes them, for use in any training code.
 
-    `views` are the keys of the tables it will be given. ValueError: unknown kind or key, or a view that is not there.
+    `views` are the keys of the tables it will be given, and `dim` is their width, which a few kinds must know (amcl).
+    ValueError: unknown kind or key, a view that is not there, or a width that is needed or does not fit.
     """
     parsed = door.parse(config)
     parsed.check(views)
-    return parsed.build(views, exchange or Alone())
+    sized = parsed if dim is None else parsed.for_dim(dim)
+    return sized.build(views, exchange or Alone())
