@@ -76,5 +76,5 @@ def histogram(
 def agreement(chosen: Int[Tensor, "b h"]) -> Float[Tensor, " b"]:
     """For each row, the share of pairs of heads that have chosen the same; 0 for one head."""
     heads = chosen.shape[1]
-    same = (chosen[:, :, None] == chosen[:, None]).sum(dim=(1, 2)) - heads
+    same = (chosen[:, :, None] == chosen[:, None]).sum(dim=(1, 2)).double() - heads
     return same / max(heads * (heads - 1), 1)

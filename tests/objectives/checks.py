@@ -21,7 +21,7 @@ def build(config: dict[str, Any], k: int, dim: int = 8) -> nn.Module:
     assert isinstance(objective, nn.Module)
     with torch.no_grad():
         for p in objective.parameters():
-            p.add_(torch.arange(len(p)) / 7)
+            p.add_(torch.arange(p.numel()).view_as(p) / 7)
     return objective.double()
 
 
