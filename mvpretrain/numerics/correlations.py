@@ -20,3 +20,8 @@ def standardised(z: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
     rows = max(len(x), 1)
     centred = x - x.sum(dim=0) / rows
     return centred / (centred.square().sum(dim=0) / rows + FLAT).sqrt()
+
+
+def off_diagonal(x: Float[Tensor, "h d d"]) -> Float[Tensor, "h m"]:
+    """Of each matrix, the numbers beside the diagonal."""
+    return x[:, ~torch.eye(x.shape[1], dtype=torch.bool, device=x.device)]

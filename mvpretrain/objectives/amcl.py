@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from mvpretrain.exchange import Exchange
 from mvpretrain.numerics.averages import count_by_key, sum_by_key
-from mvpretrain.numerics.correlations import correlations
+from mvpretrain.numerics.correlations import correlations, off_diagonal
 from mvpretrain.numerics.hardest import hardest
 from mvpretrain.numerics.products import COLUMNS, ROWS, Which
 from mvpretrain.numerics.uncertainty import NearIdentity, Scored, TemperatureNetwork, agreement, histogram, omega
@@ -33,14 +33,15 @@ class AMCLConfig(ObjectiveConfig):
     the temperature network without gradient. `off_diagonal`: Barlow's lambda. `dim` is derived from the recipe's.
 
     The paper searched kappa, beta and the bounds for each data set. Its values are not known to us: the defaults are
-    ours, by a few short runs on small data.
+    ours, by a few short runs on small data. There, towers needed `head: {layers: 2, norm: batch}`: with layer norm the
+    hardest negatives, nearer than the positives at first, drew all rows together.
     """
 
     kind: Literal["amcl"] = "amcl"
     heads: int = Field(default=4, ge=1)
     base: Literal["simclr", "infonce", "simsiam", "barlow"] = "simclr"
     pairs: str | tuple[tuple[str, str], ...] = "all"
-    kappa: int = Field(default=8, ge=1)
+    kappa: int = Field(default=1, ge=1)
     beta: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     eta_low: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     eta_up: float = Field(default=1.0, gt=0, allow_inf_nan=False)
@@ -85,11 +86,11 @@ class AMCLConfig(ObjectiveConfig):
         if self.base == "barlow":
             held = pairs * (6 * every * dim + 6 * dim**2 // self.heads)
             return super().memory(views, rows, every, dim) + held * 4
-        # Of each anchor, its positive and its negatives: head outputs twice, and the network's layers.
-        kappa = 0 if self.base == "simsiam" else self.kappa
-        one = 2 * dim + self.heads * (3 * self.width + 8)
-        held = 2 * pairs * rows * (kappa + 2) * one
-        search = self.heads * ROWS * COLUMNS if kappa else 0
+        # Head outputs twice, and the network's layers: of anchors, positives, negatives. SimSiam has no negatives, and
+        # predictors that hold as much as one.
+        alone, one = self.base == "simsiam", 2 * dim + self.heads * (3 * self.width + 8)
+        held = 2 * pairs * rows * ((1 if alone else self.kappa) + 2) * one
+        search = 0 if alone else self.heads * min(rows, ROWS) * min(every, COLUMNS)
         # Gradients of two selections of a view's rows, each as large as the whole table of it.
         return super().memory(views, rows, every, dim) + (held + 2 * search + 2 * every * dim) * 4
 
@@ -114,12 +115,13 @@ class AMCL(nn.Module):
     around the anchor whose variance is tau; negatives enter with the opposite sign. `infonce`: the kappa are chosen
     among negatives and the positive. `simsiam`: no negatives, an MLP g a head, its output of length one and compared
     with the other view without gradient: -1/2 <g(h_i), h_i+> / tau + beta Omega(tau), and the same of the other
-    direction; g starts near the identity. Nothing but batch norm in the towers' heads keeps this one from collapse.
+    direction; g starts near the identity.
 
     Without bounds there is no minimum: the negatives' term falls without end as tau grows (-(d'/2) log tau), and, where
-    s < beta, as tau goes to 0. A positive's best is tau = 2 (beta - s) / (beta d'), mostly below eta_low. So the bounds
-    decide, and `at_low` and `at_high` among the parts tell how often. For that reason `detach` is the default: through
-    phi the encoders could lower the loss by moving rows to where temperatures suit, related or not.
+    s < beta, as tau goes to 0. A positive's best, tau = 2 (beta - s) / (beta d'), is mostly below eta_low; and as
+    <phi(h), phi(h)> >= 0, pairs of like outputs never get less than the middle of the range. So the bounds decide; in
+    our runs all temperatures came to the middle. `detach` is the default because through phi the encoders can lower the
+    loss by moving rows to where temperatures suit, related or not: without it ours did, and matched nothing.
 
     Rows of equal ids are positives: their similarities, and the logits of their temperatures, are averaged, and
     `infonce` takes them for one candidate. An anchor counts where it has a positive in v and where v holds another id
@@ -287,11 +289,6 @@ class BarlowAMCL(nn.Module):
         # The pieces have the length 1 / sqrt(H); correlations expects unit rows.
         pieces = zip(*((x * self.config.heads**0.5).split(self.width, dim=1) for x in (a, b)))
         return torch.stack([correlations(x, y) for x, y in pieces])
-
-
-def off_diagonal(x: Float[Tensor, "h d d"]) -> Float[Tensor, "h m"]:
-    """Of each matrix, the numbers beside the diagonal."""
-    return x[:, ~torch.eye(x.shape[1], dtype=torch.bool, device=x.device)]
 
 
 def several_samples(every: Embeddings, v: str) -> Bool[Tensor, ""]:

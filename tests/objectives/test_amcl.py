@@ -31,7 +31,7 @@ VARIANTS = [
     {"base": "infonce", "heads": 2, "kappa": 3, "detach": False},
     {"base": "simsiam", "heads": 2},
     {"base": "barlow", "heads": 2, "eta_low": 0.5, "eta_up": 1.5},  # below 1 / 2, mismatched dimensions would be best
-    {"heads": 1, "kappa": 1},
+    {"heads": 1, "kappa": 5},
 ]
 SMALL = {"kind": "amcl", "heads": 2, "width": 3, "kappa": 2, "beta": 0.7}
 ROWWISE: list[dict[str, Any]] = [
