@@ -28,16 +28,16 @@ class Exported(nn.Module):
     `forward` and `features` are differentiable and follow `train()` and `eval()`; `embed` always evaluates.
     """
 
-    def __init__(self, name: str, view: ViewConfig, tower: TowerConfig, dim: int):
+    def __init__(self, name: str, view: ViewConfig, tower: TowerConfig, dim: int, heads: int = 1):
         super().__init__()
         self.name, self.view, self.dim = name, view, dim
-        self.tower = Tower(tower, dim)
+        self.tower = Tower(tower, dim, heads)
         self.width = cast(Encoder, self.tower.encoder).dim
         self.transform: Transform = view.build(train=False)
 
     def forward(self, view: View) -> Float[Tensor, "b d"]:
         """Unit rows in the space that the views share."""
-        return unit(self.tower(view))
+        return unit(self.tower(view), self.tower.heads)
 
     def features(self, view: View) -> Float[Tensor, "b e"]:
         """The encoder's output before the head, `width` numbers a row: for probes and fine-tuning."""
@@ -93,7 +93,9 @@ def load(folder: str | Path, view: str | None = None) -> Exported:
         )
     config = put(config, HERE, str(place.absolute()))
     tower = TowerConfig.model_validate(config["tower"])
-    exported = Exported(config["view"], views.door.parse(config["preprocessing"]), tower, config["dim"])
+    preprocessing = views.door.parse(config["preprocessing"])
+    heads = config.get("heads", 1)  # exports from before there were several say nothing
+    exported = Exported(config["view"], preprocessing, tower, config["dim"], heads)
     exported.tower.load_state_dict(load_file(place / "model.safetensors"))
     return exported.eval()
 

@@ -76,6 +76,7 @@ def write_view(folder: Path, name: str, recipe: Recipe, task: Task) -> None:
         "format": FORMAT,
         "view": name,
         "dim": recipe.dim,
+        "heads": tower.heads,
         "preprocessing": recipe.views[name].portable(folder).model_dump(mode="json"),
         "tower": settings.model_dump(mode="json"),
     }

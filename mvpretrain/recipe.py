@@ -144,6 +144,8 @@ class Recipe(Config):
         if self.teacher:
             self.teacher.check(list(self.views), self.engine.ranks)
         self.objective.check(self.columns())
+        for tower in self.towers.values():
+            tower.head.check(self.dim, self.objective.projection_heads())
         for name in self.evaluation.by_label:
             if name not in self.views:
                 raise ValueError(unknown("view in evaluation.by_label", name, self.views))
@@ -167,8 +169,9 @@ class Recipe(Config):
 
     def task(self, exchange: Exchange) -> Task:
         """The module that the engine wraps, freshly initialised from torch's generator."""
-        objective = self.objective.build(self.columns(), exchange)
-        return Task(self.towers_of_views(), self.towers, self.dim, objective, exchange, self.teacher)
+        objective = self.objective.for_dim(self.dim).build(self.columns(), exchange)
+        heads = self.objective.projection_heads()
+        return Task(self.towers_of_views(), self.towers, self.dim, objective, exchange, heads, self.teacher)
 
     def dump(self) -> str:
         """The resolved recipe as YAML that `load` reads back to an equal value."""

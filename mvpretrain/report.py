@@ -95,7 +95,7 @@ def read(
         for name, exported in exports.items():
             view, known = here.views[name], exported.to(device)
             output = known.features(view)
-            z[name] = unit(known.tower.head(output))
+            z[name] = unit(known.tower.head(output), known.tower.heads)
             features |= {f"{name}/{kind}": x for kind, x in zip(KINDS, (output, fresh[name](view), raw(view)))}
         parts.append(kept(Embeddings(z, here.ids, here.present, here.labels), features))
     return joined(parts)

@@ -31,6 +31,18 @@ class HeadConfig(Config):
     width: int | None = None
     norm: str = Field(default="layer", pattern="^(none|layer|batch)$")
 
+    def check(self, dim: int, heads: int) -> None:
+        """ValueError where this projection cannot give `dim` numbers in so many heads."""
+        if dim % heads:
+            raise ValueError(
+                f"dim={dim} does not divide into the objective's heads={heads}; set dim={-(-dim // heads) * heads}"
+            )
+        if heads > 1 and self.layers == 0:
+            raise ValueError(
+                f"a head of 0 layers has no weights, and the objective asks for heads={heads}, each with its own; set "
+                "layers=1 or more"
+            )
+
 
 class TowerConfig(Config):
     """An encoder with its head, and how it is trained.
@@ -54,13 +66,13 @@ class TowerConfig(Config):
 
 
 class Tower(nn.Module):
-    """An encoder and its head: `View -> b dim`, not normalised."""
+    """An encoder and its head, or several heads side by side: `View -> b dim`, not normalised."""
 
-    def __init__(self, config: TowerConfig, dim: int):
+    def __init__(self, config: TowerConfig, dim: int, heads: int = 1):
         super().__init__()
-        self.config = config
+        self.config, self.heads = config, heads
         self.encoder = config.encoder.build()
-        self.head = head(cast(Encoder, self.encoder).dim, dim, config.head)
+        self.head = projection(cast(Encoder, self.encoder).dim, dim, config.head, heads)
         if config.weights:
             adopt(self, config.weights)
         if config.freeze:
@@ -136,6 +148,25 @@ def head(inputs: int, outputs: int, config: HeadConfig) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(inputs, outputs, bias=False))
 
 
+class Heads(nn.Module):
+    """Heads of one make, each with its own weights; their outputs stand side by side: `b inputs -> b (heads dim)`."""
+
+    def __init__(self, each: Sequence[nn.Module]):
+        super().__init__()
+        self.each = nn.ModuleList(each)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([one(x) for one in self.each], dim=1)
+
+
+def projection(inputs: int, dim: int, config: HeadConfig, heads: int) -> nn.Module:
+    """One head of `dim` outputs, or several that share them equally. ValueError: what HeadConfig.check refuses."""
+    config.check(dim, heads)
+    if heads == 1:
+        return head(inputs, dim, config)
+    return Heads([head(inputs, dim // heads, config) for _ in range(heads)])
+
+
 def freeze(encoder: nn.Module, train_blocks: int) -> None:
     """Stop an encoder's training but for its last blocks. ValueError: more blocks asked for than it has."""
     encoder.requires_grad_(False)
@@ -171,11 +202,12 @@ class Task(nn.Module):
         dim: int,
         objective: Objective,
         exchange: Exchange,
+        heads: int = 1,
         teacher: TeacherConfig | None = None,
     ):
         super().__init__()
-        self.views = dict(views)
-        self.towers = nn.ModuleDict({name: Tower(config, dim) for name, config in towers.items()})
+        self.views, self.heads = dict(views), heads
+        self.towers = nn.ModuleDict({name: Tower(config, dim, heads) for name, config in towers.items()})
         self.teacher = Teacher(teacher, views, self.towers, dim, exchange)
         self.objective = objective
         self.exchange = exchange
@@ -183,7 +215,7 @@ class Task(nn.Module):
 
     def encode(self, batch: Batch) -> Embeddings:
         """Unit rows per view, float32 (float64 stays)."""
-        z = {v: unit(x) for v, x in self.through(batch, self.towers).items()}
+        z = {v: unit(x, self.heads) for v, x in self.through(batch, self.towers).items()}
         return Embeddings(z, batch.ids, batch.present, batch.labels)
 
     def table(self, batch: Batch) -> Embeddings:
@@ -191,7 +223,7 @@ class Task(nn.Module):
         local = self.encode(batch)
         with torch.no_grad():
             taught = self.through(batch, self.teacher.towers, self.teacher.views)
-            return self.teacher.beside(local, {name: unit(x) for name, x in taught.items()})
+            return self.teacher.beside(local, {name: unit(x, self.heads) for name, x in taught.items()})
 
     def features(self, batch: Batch) -> dict[str, Tensor]:
         """The encoders' outputs before the heads: what probes and fine-tuning read."""
@@ -253,9 +285,15 @@ def joined(views: Sequence[View]) -> View:
     return View(torch.cat([view.data for view in views]), torch.cat(masks) if masks else None)
 
 
-def unit(x: Tensor) -> Tensor:
-    """Rows of length one, in float32 at least: bfloat16 has three digits, and similarities are divided by tau."""
-    return normalize(x if x.dtype == torch.float64 else x.float(), dim=1)
+def unit(x: Tensor, heads: int = 1) -> Tensor:
+    """Rows of length one, in float32 at least: bfloat16 has three digits, and similarities are divided by tau.
+
+    Each of H heads has the length 1 / sqrt(H), so that the product of two rows is the mean of their heads' cosines.
+    """
+    x = x if x.dtype == torch.float64 else x.float()
+    if heads == 1:
+        return normalize(x, dim=1)
+    return normalize(x.unflatten(1, (heads, -1)), dim=2).flatten(1) / heads**0.5
 
 
 @torch.no_grad()

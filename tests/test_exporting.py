@@ -70,6 +70,22 @@ def test_a_tower_starts_from_an_exported_view_and_refuses_another_one(run, tmp_p
         recipe.load(run, ["towers.text.weights=nothing.safetensors"]).task(Alone())
 
 
+def test_several_heads_round_trip_and_are_said(tmp_path):
+    run = make_run(tmp_path, objective={"kind": "amcl", "heads": 2, "width": 4}, dim=6)
+    out = export(run, tmp_path / "out")
+    assert json.loads((out / "text/config.json").read_text())["heads"] == 2
+    rows = torch.randn(7, VECTOR)
+    found = load(out, "right").embed(list(rows.numpy()))
+    torch.testing.assert_close(found, of_task(run, 10, "right", rows), atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.unflatten(1, (2, 3)).norm(dim=2), torch.full((7, 2), 0.5**0.5))
+    wanted = load_file(out / "text/model.safetensors")
+    weights = f"towers.text.weights={out}/text/model.safetensors"
+    task = recipe.load(run, [weights]).task(Alone())
+    assert all(torch.equal(value, wanted[name]) for name, value in task.towers["text"].state_dict().items())
+    with pytest.raises(ValueError, match="is of another encoder or head"):
+        recipe.load(run, [weights, "objective={kind: infonce}"]).task(Alone())
+
+
 def test_one_view_by_its_folder_alone_and_from_elsewhere(run, tmp_path):
     out = export(run, tmp_path / "out", views=["text"])
     words = ["a photo", b"of bytes", "x"]

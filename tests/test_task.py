@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mvpretrain.exchange import Alone
-from mvpretrain.task import HeadConfig, Pull, Task, TowerConfig, head
+from mvpretrain.task import HeadConfig, Pull, Task, Tower, TowerConfig, head, projection, unit
 from mvpretrain.types import Batch, Losses, View
 from tests.engine.small import DIM, ROWS, WIDTH, batch_of, task_of, tower
 
@@ -32,6 +32,36 @@ def test_no_head_hands_the_encoder_through_and_must_fit():
     assert head(6, 6, HeadConfig(layers=0))(x) is x
     with pytest.raises(ValueError, match="equal to the encoder's 6, got dim=4; set dim=6"):
         head(6, 4, HeadConfig(layers=0))
+
+
+def test_several_heads_stand_side_by_side_each_with_its_own_weights():
+    made, x = projection(6, 12, HeadConfig(layers=2, norm="batch"), heads=3).eval(), torch.randn(5, 6)
+    each = list(made.each)  # type: ignore[arg-type]
+    assert [sum(p.numel() for p in one.parameters()) for one in each] == [6 * 7 + 2 * 6 + 6 * 4] * 3
+    torch.testing.assert_close(made(x), torch.cat([one(x) for one in each], dim=1))
+    assert not torch.equal(each[0](x), each[1](x))
+    assert projection(6, 12, HeadConfig(), heads=1).state_dict().keys() == head(6, 12, HeadConfig()).state_dict().keys()
+
+
+def test_a_product_of_rows_is_the_mean_of_their_heads_cosines():
+    x, y = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
+    cosines = [nn.functional.cosine_similarity(x[:, c : c + 2], y[:, c : c + 2]) for c in (0, 2, 4)]
+    torch.testing.assert_close((unit(x, 3) * unit(y, 3)).sum(dim=1), torch.stack(cosines).mean(dim=0))
+    torch.testing.assert_close(unit(x, 3).norm(dim=1), torch.ones(4, dtype=torch.float64))
+    assert torch.equal(unit(x, 1), nn.functional.normalize(x, dim=1)) and unit(x.bfloat16(), 3).dtype == torch.float32
+
+
+def test_a_task_of_several_heads_encodes_them_as_such():
+    task = Task({"v0": "t", "v1": "t"}, {"t": tower()}, 6, Bare(), Alone(), heads=3)  # type: ignore[arg-type]
+    for z in task.encode(batch_of(2)).z.values():
+        torch.testing.assert_close(z.unflatten(1, (3, 2)).norm(dim=2), torch.full((ROWS, 3), 3**-0.5))
+
+
+def test_heads_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"dim=8 does not divide into the objective's heads=3; set dim=9"):
+        Tower(tower(), 8, heads=3)
+    with pytest.raises(ValueError, match="a head of 0 layers has no weights, and the objective asks for heads=2"):
+        Tower(tower(head=HeadConfig(layers=0)), 8, heads=2)
 
 
 class Counting(nn.Module):

@@ -108,7 +108,9 @@ def test_it_follows_by_its_momentum(momentum):
 def test_any_objective_takes_them(kind):
     """Two thirds of the rows are a queue's, half filled, in which the students are absent."""
     terms = [{"objective": {"kind": "infonce"}, "views": ["v0", "v1@teacher"]}]
-    needed = {"sum": {"terms": terms}, "tempnet": {"dim": DIM}}  # what has no default
+    # What has no default; one head divides any width.
+    needed = {"sum": {"terms": terms}, "tempnet": {"dim": DIM}, "amcl": {"dim": DIM, "heads": 1}}
+    needed["dbpm"] = {"objective": {"kind": "infonce"}}
     config = {"kind": kind, **needed.get(kind, {})}
     teacher = TeacherConfig(views=("v1",), queue=2 * ROWS)
     task = task_of(2, torch.float64, Alone(), config, teacher).train()

@@ -287,7 +287,7 @@ def cost(recipe: Recipe, table: Table) -> dict[str, Any]:
 
 def objective_ms(recipe: Recipe, table: Table) -> float:
     """Loss and gradient of one batch of held-out rows, the median of a few."""
-    objective = recipe.objective.build(list(recipe.views), Alone())
+    objective = recipe.objective.for_dim(recipe.dim).build(list(recipe.views), Alone())
     some = slice(0, recipe.batch)
     z = {v: x[some].clone().requires_grad_() for v, x in table.z.items()}
     rows = Embeddings(z, table.ids[some], {v: p[some] for v, p in table.present.items()}, table.labels[some])

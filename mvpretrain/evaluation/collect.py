@@ -61,7 +61,7 @@ def encode(task: Task, batch: Batch, features: bool) -> tuple[Embeddings, dict[s
         return task.encode(batch), {}
     outputs = {v: x.float() for v, x in task.features(batch).items()}
     heads = {v: cast(Tower, task.towers[tower]).head for v, tower in task.views.items()}
-    z = {v: unit(heads[v](x)) for v, x in outputs.items()}
+    z = {v: unit(heads[v](x), task.heads) for v, x in outputs.items()}
     return Embeddings(z, batch.ids, batch.present, batch.labels), outputs
 
 

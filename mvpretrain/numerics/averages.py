@@ -26,7 +26,7 @@ class Groups(NamedTuple):
     """Rows by key: those of one key have one number."""
 
     of: Int[Tensor, " n"]
-    count: int
+    number: int
 
     @classmethod
     def by(cls, keys: Int[Tensor, " n"]) -> Groups:
@@ -35,8 +35,8 @@ class Groups(NamedTuple):
 
     def sum(self, rows: Float[Tensor, "m d"], of: slice, at: slice) -> Float[Tensor, "b d"]:
         """For each row number in `at`, the sum of `rows`, which are those numbered `of`, that have its key."""
-        if self.count < len(self.of):
-            return rows.new_zeros(self.count, rows.shape[1]).index_add_(0, self.of[of], rows)[self.of[at]]
+        if self.number < len(self.of):
+            return rows.new_zeros(self.number, rows.shape[1]).index_add_(0, self.of[of], rows)[self.of[at]]
         if of == at:
             return rows
         # No key comes twice: a row's key is its own, if anybody's.
@@ -57,7 +57,7 @@ def mean_within(groups: Groups, values: Float[Tensor, "n m"], valid: Bool[Tensor
 def log_mean_within(groups: Groups, logs: Float[Tensor, "n m"], valid: Bool[Tensor, "n m"]) -> Float[Tensor, " n"]:
     """The logarithm of the mean of e^logs, as `mean_within`."""
     logs = logs.masked_fill(~valid, -torch.inf)
-    top = logs.new_full((groups.count,), -torch.inf).scatter_reduce(0, groups.of, logs.amax(dim=1), "amax")[groups.of]
+    top = logs.new_full((groups.number,), -torch.inf).scatter_reduce(0, groups.of, logs.amax(dim=1), "amax")[groups.of]
     safe = top.masked_fill(top == -torch.inf, 0)
     return mean_within(groups, (logs - safe[:, None]).exp(), valid).log() + safe
 

@@ -25,6 +25,10 @@ class ObjectiveConfig(Kind):
     def check(self, views: Sequence[str]) -> None:
         """ValueError where the objective asks for a view that is not among `views`."""
 
+    def projection_heads(self) -> int:
+        """In how many heads of equal width every tower's projection must come; one where not said."""
+        return 1
+
     def for_dim(self, dim: int) -> ObjectiveConfig:
         """These settings for tables of this width: only objectives with networks of their own need to know it."""
         return self
@@ -39,26 +43,23 @@ class ObjectiveConfig(Kind):
         return 3 * table  # the gathered table, its gradient, and the packed copy
 
 
-def listed_pairs(pairs: str | Sequence[tuple[str, str]], views: Sequence[str]) -> list[tuple[str, str]]:
-    """The pairs that `all`, a view's name (that view against each other one) or a list of pairs stand for."""
-    if pairs == "all":
+def pairs_of(asked: str | Sequence[tuple[str, str]], views: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs of views that `pairs` asks for: `all`, a view name (that view against each other one), or a list.
+
+    ValueError: a view that is not among `views`, or that is paired with itself; no pair at all.
+    """
+    if asked == "all":
         return list(combinations(views, 2))
-    if isinstance(pairs, str):
-        return [(pairs, v) for v in views if v != pairs]
-    return list(pairs)
-
-
-def check_pairs(pairs: str | Sequence[tuple[str, str]], views: Sequence[str]) -> None:
-    """ValueError where pairs name a view that is not there, or one against itself, or nothing at all."""
-    listed = listed_pairs(pairs, views)
-    for v in {v for pair in listed for v in pair}:
+    pairs = [(asked, v) for v in views if v != asked] if isinstance(asked, str) else list(asked)
+    for v in {v for pair in pairs for v in pair}:
         if v not in views:
             raise ValueError(unknown("view in objective.pairs", v, views))
-    for u, v in listed:
+    for u, v in pairs:
         if u == v:
             raise ValueError(f"objective.pairs names {u!r} against itself; a pair is two different views")
-    if not listed:
+    if not pairs:
         raise ValueError("objective.pairs is empty; write all, a view's name, or a list of pairs")
+    return pairs
 
 
 class AveragedConfig(ObjectiveConfig):
@@ -80,12 +81,11 @@ class AveragedConfig(ObjectiveConfig):
     published: bool = False
 
     def check(self, views: Sequence[str]) -> None:
-        check_pairs(self.pairs, views)
+        pairs_of(self.pairs, views)
 
     def settings(self, views: Sequence[str]) -> Settings:
         """How the averages are taken, over these views."""
-        pairs = listed_pairs(self.pairs, views)
-        return Settings(pairs, self.gamma, self.eps, self.in_view, self.gradient, self.device)
+        return Settings(pairs_of(self.pairs, views), self.gamma, self.eps, self.in_view, self.gradient, self.device)
 
     def memory(self, views: int, rows: int, every: int, dim: int) -> int:
         # The anchors' means of candidates, gradients of all views, and two scaled tables of one view.
@@ -134,12 +134,17 @@ door = Door("mvpretrain.objectives", ObjectiveConfig, ForeignObjective, "objecti
 
 
 def build(
-    config: dict[str, Any] | ObjectiveConfig, views: Sequence[str], exchange: Exchange | None = None
+    config: dict[str, Any] | ObjectiveConfig,
+    views: Sequence[str],
+    exchange: Exchange | None = None,
+    dim: int | None = None,
 ) -> Objective:
     """An objective from settings as a recipe writes them, for use in any training code.
 
-    `views` are the keys of the tables it will be given. ValueError: unknown kind or key, or a view that is not there.
+    `views` are the keys of the tables it will be given, and `dim` is their width, which a few kinds must know (amcl).
+    ValueError: unknown kind or key, a view that is not there, or a width that is needed or does not fit.
     """
     parsed = door.parse(config)
     parsed.check(views)
-    return parsed.build(views, exchange or Alone())
+    sized = parsed if dim is None else parsed.for_dim(dim)
+    return sized.build(views, exchange or Alone())

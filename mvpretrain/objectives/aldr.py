@@ -14,7 +14,7 @@ from mvpretrain.directed import Found, Gradient, directed
 from mvpretrain.exchange import Exchange
 from mvpretrain.moving import temperature_parts
 from mvpretrain.numerics.averages import Groups, mean_within
-from mvpretrain.objectives import ObjectiveConfig, check_pairs, listed_pairs
+from mvpretrain.objectives import ObjectiveConfig, pairs_of
 from mvpretrain.sharded import Sharded
 from mvpretrain.types import Embeddings, Losses
 
@@ -36,7 +36,7 @@ class ALDRConfig(ObjectiveConfig):
     device: bool = False
 
     def check(self, views: Sequence[str]) -> None:
-        check_pairs(self.pairs, views)
+        pairs_of(self.pairs, views)
 
     def build(self, views: Sequence[str], exchange: Exchange) -> ALDR:
         return ALDR(self, views, exchange)
@@ -68,7 +68,7 @@ class ALDR(nn.Module):
     def __init__(self, config: ALDRConfig, views: Sequence[str], exchange: Exchange):
         super().__init__()
         self.config, self.exchange = config, exchange
-        self.pairs = listed_pairs(config.pairs, views)
+        self.pairs = pairs_of(config.pairs, views)
         self.ways = [way for u, v in self.pairs for way in ((u, v), (v, u))]
         self.store = Sharded(len(self.ways), exchange, config.device)
 

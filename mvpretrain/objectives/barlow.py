@@ -7,15 +7,13 @@ from itertools import combinations
 from typing import Literal
 
 import torch
-from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
 from mvpretrain.exchange import Exchange
+from mvpretrain.numerics.correlations import correlations
 from mvpretrain.objectives import ObjectiveConfig
 from mvpretrain.types import Embeddings, Losses
-
-FLAT = 1e-5  # added to variances, as batch normalisation does
 
 
 class BarlowConfig(ObjectiveConfig):
@@ -64,16 +62,3 @@ class Barlow(nn.Module):
             parts[f"loss/{u}-{v}"] = values[-1].detach()
             parts[f"correlation/{u}-{v}"] = own.mean().detach()
         return Losses(torch.stack(values).mean(), parts)
-
-
-def correlations(a: Float[Tensor, "m d"], b: Float[Tensor, "m d"]) -> Float[Tensor, "d d"]:
-    """How each dimension of one view goes with each of the other, in [-1, 1]; 0 without rows."""
-    return standardised(a).T @ standardised(b) / max(len(a), 1)
-
-
-def standardised(z: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
-    """Columns of sqrt(d) z with mean 0 and variance 1, over m."""
-    x = z.to(torch.promote_types(z.dtype, torch.float32)) * z.shape[1] ** 0.5
-    rows = max(len(x), 1)
-    centred = x - x.sum(dim=0) / rows
-    return centred / (centred.square().sum(dim=0) / rows + FLAT).sqrt()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mvpretrain.config import unknown
 from mvpretrain.directed import Gradient, directed
 from mvpretrain.exchange import Exchange
-from mvpretrain.objectives import ObjectiveConfig, Temperature, check_pairs, listed_pairs
+from mvpretrain.objectives import ObjectiveConfig, Temperature, pairs_of
 from mvpretrain.similarity import Sums, Weigh, all_pairs, anchored, has_positive, of_way
 from mvpretrain.types import Embeddings, Losses
 
@@ -46,9 +46,7 @@ class InfoNCEConfig(ObjectiveConfig):
         return self
 
     def check(self, views: Sequence[str]) -> None:
-        check_pairs(self.pairs, views)
-        pairs = listed_pairs(self.pairs, views)
-        names = [f"{u}-{v}" for u, v in pairs]
+        names = [f"{u}-{v}" for u, v in pairs_of(self.pairs, views)]
         for name, weight in self.weights.items():
             if name not in names:
                 raise ValueError(unknown("pair in objective.weights", name, names))
@@ -58,7 +56,7 @@ class InfoNCEConfig(ObjectiveConfig):
             raise ValueError("objective.weights leaves no pair with a weight above 0")
 
     def build(self, views: Sequence[str], exchange: Exchange) -> InfoNCE:
-        return InfoNCE(self, listed_pairs(self.pairs, views), exchange)
+        return InfoNCE(self, pairs_of(self.pairs, views), exchange)
 
 
 class InfoNCE(nn.Module):

@@ -52,6 +52,12 @@ class SumConfig(ObjectiveConfig):
         for title, count in Counter(term.title for term in self.terms).items():
             if count > 1:
                 raise ValueError(f"objective.terms has {count} terms called {title!r}; give each a name of its own")
+        heads = {term.title: term.objective.projection_heads() for term in self.terms}
+        if len(set(heads.values())) > 1:
+            asked = ", ".join(f"{title} {count}" for title, count in heads.items())
+            raise ValueError(
+                f"objective.terms read one table, and ask for unequal numbers of heads ({asked}); make them equal"
+            )
         return self
 
     def check(self, views: Sequence[str]) -> None:
@@ -67,6 +73,13 @@ class SumConfig(ObjectiveConfig):
                 term.objective.check(chosen)
             except ValueError as error:
                 raise ValueError(f"{where} ({term.title}): {error}") from error
+
+    def projection_heads(self) -> int:
+        return self.terms[0].objective.projection_heads()
+
+    def for_dim(self, dim: int) -> SumConfig:
+        terms = [term.model_copy(update={"objective": term.objective.for_dim(dim)}) for term in self.terms]
+        return self.model_copy(update={"terms": tuple(terms)})
 
     def build(self, views: Sequence[str], exchange: Exchange) -> Sum:
         objectives = [term.objective.build(term.of(views), exchange) for term in self.terms]

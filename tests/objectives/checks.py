@@ -16,13 +16,13 @@ from tests.objectives.towers import outcome, outcome_on, relative_errors
 from tests.tables import ROWS, draw, leaves, names, rows_of, table
 
 
-def build(config: dict[str, Any], k: int, exchange: Exchange | None = None) -> nn.Module:
+def build(config: dict[str, Any], k: int, exchange: Exchange | None = None, dim: int = 8) -> nn.Module:
     """In float64, with parameters that differ where there are several."""
-    objective = objectives.build(config, names(k), exchange)
+    objective = objectives.build(config, names(k), exchange, dim)
     assert isinstance(objective, nn.Module)
     with torch.no_grad():
         for p in objective.parameters():
-            p.add_((torch.arange(len(p)) / 7).view(-1, *[1] * (p.ndim - 1)))
+            p.add_(torch.arange(p.numel()).view_as(p) / 7)
     return objective.double()
 
 

@@ -39,7 +39,8 @@ def some_k(config: dict[str, Any]) -> int:
 
 def value(config: dict[str, Any], whole: Embeddings) -> Losses:
     """A new objective's losses on one table in one process."""
-    return build(config, len(whole.z), torch.float32)(whole, whole)
+    dim = next(iter(whole.z.values())).shape[1]
+    return build(config, len(whole.z), torch.float32, dim=dim)(whole, whole)
 
 
 def assert_finite(losses: Losses, whole: Embeddings) -> None:

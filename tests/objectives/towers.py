@@ -22,9 +22,11 @@ class Outcome(NamedTuple):
     gradients: dict[str, Tensor]  # of every tower and of the objective's parameters, summed over steps
 
 
-def build(config: dict[str, Any], k: int, dtype: torch.dtype, exchange: Exchange | None = None) -> Objective:
+def build(
+    config: dict[str, Any], k: int, dtype: torch.dtype, exchange: Exchange | None = None, dim: int = DIM
+) -> Objective:
     torch.manual_seed(0)
-    objective = objectives.build(config, names(k), exchange)
+    objective = objectives.build(config, names(k), exchange, dim)
     return objective.to(dtype) if isinstance(objective, nn.Module) else objective
 
 
