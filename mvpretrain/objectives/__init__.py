@@ -23,10 +23,6 @@ class ObjectiveConfig(Kind):
     def check(self, views: Sequence[str]) -> None:
         """ValueError where the objective asks for a view that is not among `views`."""
 
-    def projection_heads(self) -> int:
-        """In how many heads of equal width every tower's projection must come; one where not said."""
-        return 1
-
     def for_dim(self, dim: int) -> ObjectiveConfig:
         """These settings for tables of this width: only objectives with networks of their own need to know it."""
         return self
@@ -35,27 +31,36 @@ class ObjectiveConfig(Kind):
         """The objective over these views; `exchange` is for those that must tell ranks more than the table."""
         raise TypeError(f"{type(self).__name__} must define build")
 
+    def projection_heads(self) -> int:
+        """In how many heads of equal width every tower's projection must come; one where not said."""
+        return 1
+
     def memory(self, views: int, rows: int, every: int, dim: int) -> int:
         """Bytes that one rank holds at the peak of loss and gradient, beyond its own embeddings."""
         table = every * dim * views * 4
         return 3 * table  # the gathered table, its gradient, and the packed copy
 
 
-def pairs_of(asked: str | Sequence[tuple[str, str]], views: Sequence[str]) -> list[tuple[str, str]]:
-    """The pairs of views that `pairs` asks for: `all`, a view name (that view against each other one), or a list.
-
-    ValueError: a view that is not among `views`, or that is paired with itself.
-    """
-    if asked == "all":
+def listed_pairs(pairs: str | Sequence[tuple[str, str]], views: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs that `all`, a view's name (that view against each other one) or a list of pairs stand for."""
+    if pairs == "all":
         return list(combinations(views, 2))
-    pairs = [(asked, v) for v in views if v != asked] if isinstance(asked, str) else list(asked)
-    for v in {v for pair in pairs for v in pair}:
+    if isinstance(pairs, str):
+        return [(pairs, v) for v in views if v != pairs]
+    return list(pairs)
+
+
+def check_pairs(pairs: str | Sequence[tuple[str, str]], views: Sequence[str]) -> None:
+    """ValueError where pairs name a view that is not there, or one against itself, or nothing at all."""
+    listed = listed_pairs(pairs, views)
+    for v in {v for pair in listed for v in pair}:
         if v not in views:
             raise ValueError(unknown("view in objective.pairs", v, views))
-    for u, v in pairs:
+    for u, v in listed:
         if u == v:
             raise ValueError(f"objective.pairs names {u!r} against itself; a pair is two different views")
-    return pairs
+    if not listed:
+        raise ValueError("objective.pairs is empty; write all, a view's name, or a list of pairs")
 
 
 class Temperature(Config):

@@ -17,7 +17,7 @@ from mvpretrain.numerics.correlations import correlations, off_diagonal
 from mvpretrain.numerics.hardest import hardest
 from mvpretrain.numerics.products import COLUMNS, ROWS, Which
 from mvpretrain.numerics.uncertainty import NearIdentity, Scored, TemperatureNetwork, agreement, histogram, omega
-from mvpretrain.objectives import ObjectiveConfig, pairs_of
+from mvpretrain.objectives import ObjectiveConfig, check_pairs, listed_pairs
 from mvpretrain.similarity import has_positive
 from mvpretrain.types import Embeddings, Losses
 
@@ -65,8 +65,7 @@ class AMCLConfig(ObjectiveConfig):
         return self.model_copy(update={"dim": dim})
 
     def check(self, views: Sequence[str]) -> None:
-        if not pairs_of(self.pairs, views):
-            raise ValueError("objective.pairs is empty; name a pair, or write pairs=all")
+        check_pairs(self.pairs, views)
 
     def build(self, views: Sequence[str], exchange: Exchange) -> AMCL | BarlowAMCL:
         if self.dim is None:
@@ -75,7 +74,7 @@ class AMCLConfig(ObjectiveConfig):
             fits = -(-self.dim // self.heads) * self.heads
             raise ValueError(f"dim={self.dim} does not divide into heads={self.heads}; set dim={fits}")
         kind = BarlowAMCL if self.base == "barlow" else AMCL
-        return kind(self, pairs_of(self.pairs, views), self.dim // self.heads)
+        return kind(self, listed_pairs(self.pairs, views), self.dim // self.heads)
 
     def network(self, inputs: int, detach: bool) -> TemperatureNetwork:
         return TemperatureNetwork(inputs, self.width, self.eta_low, self.eta_up, detach)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Literal
 
 from jaxtyping import Float
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from mvpretrain.config import unknown
 from mvpretrain.exchange import Exchange
-from mvpretrain.objectives import ObjectiveConfig, Temperature, pairs_of
+from mvpretrain.objectives import ObjectiveConfig, Temperature
 from mvpretrain.similarity import all_pairs, anchored
 from mvpretrain.types import Embeddings, Losses
 
@@ -33,8 +34,22 @@ class InfoNCEConfig(ObjectiveConfig):
     in_view: bool = False
     table: Literal["auto", "gather", "ring"] = "auto"
 
+    def listed(self, views: Sequence[str]) -> list[tuple[str, str]]:
+        if self.pairs == "all":
+            return list(combinations(views, 2))
+        if isinstance(self.pairs, str):
+            return [(self.pairs, v) for v in views if v != self.pairs]
+        return list(self.pairs)
+
     def check(self, views: Sequence[str]) -> None:
-        names = [f"{u}-{v}" for u, v in pairs_of(self.pairs, views)]
+        pairs = self.listed(views)
+        for v in {v for pair in pairs for v in pair}:
+            if v not in views:
+                raise ValueError(unknown("view in objective.pairs", v, views))
+        for u, v in pairs:
+            if u == v:
+                raise ValueError(f"objective.pairs names {u!r} against itself; a pair is two different views")
+        names = [f"{u}-{v}" for u, v in pairs]
         for name, weight in self.weights.items():
             if name not in names:
                 raise ValueError(unknown("pair in objective.weights", name, names))
@@ -44,7 +59,7 @@ class InfoNCEConfig(ObjectiveConfig):
             raise ValueError("objective.weights leaves no pair with a weight above 0")
 
     def build(self, views: Sequence[str], exchange: Exchange) -> InfoNCE:
-        return InfoNCE(self, pairs_of(self.pairs, views), exchange)
+        return InfoNCE(self, self.listed(views), exchange)
 
 
 class InfoNCE(nn.Module):

@@ -10,18 +10,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mvpretrain import objectives
+from mvpretrain.exchange import Exchange
 from mvpretrain.types import Embeddings, Losses
 from tests.objectives.towers import outcome, outcome_on, relative_errors
 from tests.tables import ROWS, draw, leaves, names, rows_of, table
 
 
-def build(config: dict[str, Any], k: int, dim: int = 8) -> nn.Module:
+def build(config: dict[str, Any], k: int, exchange: Exchange | None = None, dim: int = 8) -> nn.Module:
     """In float64, with parameters that differ where there are several."""
-    objective = objectives.build(config, names(k), dim=dim)
+    objective = objectives.build(config, names(k), exchange, dim)
     assert isinstance(objective, nn.Module)
     with torch.no_grad():
         for p in objective.parameters():
-            p.add_(torch.arange(p.numel()).view_as(p) / 7)
+            p.add_((torch.arange(len(p)) / 7).view(-1, *[1] * (p.ndim - 1)))
     return objective.double()
 
 
