@@ -16,9 +16,9 @@ from tests.objectives.towers import outcome, outcome_on, relative_errors
 from tests.tables import ROWS, draw, leaves, names, rows_of, table
 
 
-def build(config: dict[str, Any], k: int, exchange: Exchange | None = None, dim: int = 8) -> nn.Module:
+def build(config: dict[str, Any], k: int, exchange: Exchange | None = None) -> nn.Module:
     """In float64, with parameters that differ where there are several."""
-    objective = objectives.build(config, names(k), exchange, dim)
+    objective = objectives.build(config, names(k), exchange)
     assert isinstance(objective, nn.Module)
     with torch.no_grad():
         for p in objective.parameters():
