@@ -33,7 +33,7 @@ VARIANTS = [
     {"base": "barlow", "heads": 2, "eta_low": 0.5, "eta_up": 1.5},  # below 1 / 2, mismatched dimensions would be best
     {"heads": 1, "kappa": 5},
 ]
-SMALL = {"kind": "amcl", "heads": 2, "width": 3, "kappa": 2, "beta": 0.7}
+SMALL = {"kind": "amcl", "dim": 8, "heads": 2, "width": 3, "kappa": 2, "beta": 0.7}
 ROWWISE: list[dict[str, Any]] = [
     SMALL | {"detach": False},
     SMALL | {"kappa": 30, "heads": 4},
@@ -216,7 +216,7 @@ def test_barlow_is_that_of_the_loop(heads, plain):
 @pytest.mark.parametrize("k", [2, 3])
 def test_gradient_is_that_of_finite_differences(base, k):
     heads = 1 if base == "barlow" else 2  # a head of one number has no other dimensions
-    objective = build(SMALL | {"base": base, "detach": False, "heads": heads}, k, dim=2)
+    objective = build(SMALL | {"base": base, "detach": False, "heads": heads, "dim": 2}, k)
     assert_gradient_is_that_of_finite_differences(objective, k)
 
 
@@ -228,7 +228,7 @@ def test_ranks_are_one_process(ranks, k, more):
 
 def test_perfect_alignment_is_finite_and_counted():
     whole = orthonormal(3)
-    objective = build(SMALL | {"heads": 1}, 3, dim=ROWS)
+    objective = build(SMALL | {"heads": 1, "dim": ROWS}, 3)
     losses = objective(whole, whole)
     assert_finite(losses, whole)
     wanted = {name for name in losses.parts if name.startswith("accuracy/")} | {"heads/usage/0"}
@@ -276,7 +276,7 @@ def test_listed_pairs_are_all_that_count():
 ])  # fmt: skip
 def test_wrong_settings_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
-        build(SMALL | bad, 2)
+        objectives.build(SMALL | bad, ["view0", "view1"], dim=8)
 
 
 def test_a_width_is_needed():
