@@ -10,7 +10,7 @@ from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from mvpretrain.config import Config, Door, Foreign, Kind, call_foreign
+from mvpretrain.config import Config, Door, Foreign, Kind, call_foreign, unknown
 from mvpretrain.exchange import Alone, Exchange
 from mvpretrain.numerics.bounded import bounded_exp
 from mvpretrain.types import Objective
@@ -59,6 +59,16 @@ class Temperature(Config):
     def bounded(self, log_temperature: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """The temperatures, within [min, max]."""
         return bounded_exp(log_temperature, self.min, self.max)
+
+
+def anchors(asked: str | None, views: Sequence[str]) -> list[str]:
+    """The views that are exchanged between whole tuples in turn: the one asked for, `all`, or the first.
+
+    ValueError: no such view.
+    """
+    if asked is not None and asked not in (*views, "all"):
+        raise ValueError(unknown("view in objective.anchor", asked, [*views, "all"]))
+    return list(views) if asked == "all" else [asked or views[0]]
 
 
 class ForeignObjective(ObjectiveConfig, Foreign):

@@ -120,11 +120,12 @@ class InfoNCE(nn.Module):
         """(pair, view) -> log-sum-exp of each local row over the other samples of its own view."""
         if not self.config.in_view:
             return {}
-        # One temperature for all: each view's sums serve all of its pairs.
+        # With one temperature for all, a view's sums serve all of its pairs, and one call finds those of every view.
         shared = not self.config.temperature.per_pair
-        asked = {(0 if shared else p, v): p for p, pair in enumerate(self.pairs) for v in pair}
+        asked = [tuple({v: None for pair in self.pairs for v in pair})] if shared else self.pairs
         sums = {}
-        for (key, v), p in asked.items():
-            own = all_pairs(local, every, [(v, v)], scales[p : p + 1], self.exchange, apart=True)
-            sums[key, v] = own[v, v].lse
+        for p, views in enumerate(asked):
+            scale = scales[p].expand(len(views))
+            own = all_pairs(local, every, [(v, v) for v in views], scale, self.exchange, apart=True)
+            sums |= {(p, v): own[v, v].lse for v in views}
         return {(p, v): sums[0 if shared else p, v] for p, pair in enumerate(self.pairs) for v in pair}
