@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -235,21 +235,36 @@ def find_micro_batch(recipe: Recipe, budget: int | None, console: Console) -> in
 def trial(recipe: Recipe, micro_batch: int | None, budget: int | None) -> Trial:
     """Two steps with this micro-batch in a process of its own, or in several. ValueError: what the child refused."""
     ranks = recipe.engine.ranks or 1
+    rows = micro_batch or recipe.batch // ranks
+    setting = "engine.micro_batch=" + ("null" if micro_batch is None else str(micro_batch))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "recipe.yaml")
+        path.write_text(recipe.dump())
+        try:
+            found = in_processes(path, [setting], ranks, steps=2, warmup=1)
+        except MemoryError:
+            return Trial(rows, None, None, False)
+    peak = max(found["peaks"])
+    return Trial(rows, peak, found["samples"], budget is None or peak <= budget)
+
+
+def in_processes(recipe: Path, overrides: Sequence[str], ranks: int, steps: int, warmup: int) -> dict[str, Any]:
+    """The figures that `mvpretrain bench` writes, from a fresh process, or from as many as there are ranks.
+
+    MemoryError: one of them was killed, or got no more memory. ValueError: what they refused, or the error they met.
+    """
     launcher = ["torch.distributed.run", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
     with tempfile.TemporaryDirectory() as folder:
-        path, figures = Path(folder, "recipe.yaml"), Path(folder, "bench.json")
-        path.write_text(recipe.dump())
-        setting = "engine.micro_batch=" + ("null" if micro_batch is None else str(micro_batch))
-        command = ["mvpretrain", "bench", str(path), setting, "--steps", "2", "--warmup", "1", "--json", str(figures)]
-        ended = subprocess.run([sys.executable, "-m", *launcher, *command], capture_output=True, text=True, check=False)
-        rows = micro_batch or recipe.batch // ranks
-        if figures.exists():
-            found = json.loads(figures.read_text())
-            peak = max(found["peaks"])
-            return Trial(rows, peak, found["samples"], budget is None or peak <= budget)
+        out = Path(folder, "bench.json")
+        options = ["--steps", str(steps), "--warmup", str(warmup), "--json", str(out)]
+        command = [sys.executable, "-m", *launcher, "mvpretrain", "bench", str(recipe), *overrides, *options]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        if out.exists():
+            return json.loads(out.read_text())
     # The kernel kills a process that takes too much; a launcher tells its children's ends in words only.
     codes = [ended.returncode, *(int(code) for code in re.findall(r"exitcode\s*: (-?\d+)", ended.stderr))]
     if OUT_OF_MEMORY in codes or -9 in codes:
-        return Trial(rows, None, None, False)
-    said = [line for line in ended.stderr.splitlines() if line.startswith("mvpretrain")]
-    raise ValueError(said[0].partition(": ")[2] if said else ended.stderr[-500:])
+        raise MemoryError(f"{recipe} with {', '.join(overrides)} took more memory than there is")
+    said = re.findall(r"^mvpretrain.*?: (.+)", ended.stderr, re.MULTILINE)
+    errors = re.findall(r"^(?:\[rank\d+\]: ?)?([\w.]+(?:Error|Exception): .+)", ended.stderr, re.MULTILINE)
+    raise ValueError(said[0] if said else errors[-1] if errors else ended.stderr[-500:])

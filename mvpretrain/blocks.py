@@ -19,8 +19,9 @@ from mvpretrain.types import View
 class Block(nn.Module):
     """Pre-norm transformer block (Xiong et al. 2020): x + attention(norm(x)), then x + mlp(norm(x)).
 
-    `x` is `b n width`; `mask` is `b n`, True at positions that may be attended to. Dropout follows both branches.
-    ValueError: the heads do not divide the width.
+    `x` is `b n width`; `mask` is `b n`, True at positions that may be attended to. Dropout follows both branches. With
+    `first`, only so many positions at the beginning are computed, from all. ValueError: the heads do not divide the
+    width.
     """
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0):
@@ -33,11 +34,14 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
+    def forward(
+        self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None = None, first: int | None = None
+    ) -> Float[Tensor, "b m d"]:
         heads = rearrange(self.qkv(self.attention_norm(x)), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
-        keys = None if mask is None else rearrange(mask, "b n -> b 1 1 n")
-        seen = scaled_dot_product_attention(*heads.unbind(0), attn_mask=keys)
-        x = x + self.dropout(self.out(rearrange(seen, "b h n d -> b n (h d)")))
+        queries, keys, values = heads.unbind(0)
+        hidden = None if mask is None else rearrange(mask, "b n -> b 1 1 n")
+        seen = scaled_dot_product_attention(queries[:, :, :first], keys, values, attn_mask=hidden)
+        x = x[:, :first] + self.dropout(self.out(rearrange(seen, "b h n d -> b n (h d)")))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 

@@ -40,9 +40,10 @@ def main() -> None:
     except FloatingPointError as error:
         leave(error, FAILED)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for every command
+        # torch's, which is not imported for every command; on CPUs it has no class of its own
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
             raise
-        told = str(error).partition(". ")[0].removeprefix("CUDA ")
+        told = str(error).rpartition("Allocator: ")[2].partition(". ")[0].removeprefix("CUDA ")
         leave(f"{told}; `mvpretrain train RECIPE --dry-run` says what takes it and which switch to turn", MEMORY)
 
 

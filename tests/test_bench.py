@@ -5,16 +5,21 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from mvpretrain import bench, recipe
 from mvpretrain.bench import Bench, Trial
 from mvpretrain.stopwatch import PHASES
+from mvpretrain.types import View
+from tests.ranks import without_jit
 
 VALUE: dict[str, Any] = {
     "run": "run",
@@ -79,15 +84,23 @@ def test_traces_and_tables(tmp_path: Path) -> None:
     assert all(phase in text for phase in (*PHASES, "rest", "samples/s:", "of the measured matrix rate"))
 
 
-def on_a_rank(rank: int, folder: str) -> Bench | None:
+def on_a_rank(rank: int, folder: str, engine: dict[str, Any]) -> Bench | None:
     os.chdir(folder)
-    return bench.bench(settings(engine=VALUE["engine"] | {"kind": "ddp"}), steps=2, warmup=1)
+    without_jit()
+    return bench.bench(settings(engine=VALUE["engine"] | engine), steps=2, warmup=1)
 
 
-def test_ranks_tell_rank_0(ranks: Any, tmp_path: Path) -> None:
-    first, second = ranks(2).run(on_a_rank, str(tmp_path))
+@pytest.mark.parametrize(("kind", "micro_batch"), [("ddp", None), ("zero1", None), ("zero2", 6), ("zero3", None)])
+def test_ranks_tell_rank_0(ranks: Any, tmp_path: Path, kind: str, micro_batch: int | None) -> None:
+    first, second = ranks(2).run(on_a_rank, str(tmp_path), {"kind": kind, "micro_batch": micro_batch})
     assert second is None
-    assert first.ranks == 2 and first.batch == 32 and len(first.peaks) == 2 and min(first.peaks) > 2**20
+    assert (
+        first.engine == kind
+        and first.ranks == 2
+        and first.batch == 32
+        and len(first.peaks) == 2
+        and min(first.peaks) > 2**20
+    )
     assert first.milliseconds["gather"] > 0
     assert not list(tmp_path.iterdir())
 
@@ -147,6 +160,7 @@ def test_the_search_says_what_it_tried_and_what_to_set(monkeypatch: pytest.Monke
     (4, "mvpretrain: out of memory; ...", None), (-9, "", None), (1, "  exitcode  : 4 (pid: 77)", None),
     (1, "  exitcode  : -9 (pid: 77)", None), (0, "", 3000), (2, "mvpretrain: unknown key 'x'", "unknown key 'x'"),
     (1, "mvpretrain (rank 1): no shards\nChildFailedError", "no shards"), (1, "Segmentation fault", "Segmentation"),
+    (1, "  x.py\n[rank1]: a.InductorError: no compiler\n\nSet TORCH_LOGS=", "^a.InductorError: no compiler$"),
 ])  # fmt: skip
 def test_how_trials_end(monkeypatch: pytest.MonkeyPatch, code: int, said: str, expected: Any) -> None:
     commands: list[list[str]] = []
@@ -167,3 +181,29 @@ def test_how_trials_end(monkeypatch: pytest.MonkeyPatch, code: int, said: str, e
     assert bench.trial(chosen, None, 2999) == Trial(16, expected, 5.0 if expected else None, False)
     assert "engine.micro_batch=4" in commands[0] and "engine.micro_batch=null" in commands[1]
     assert commands[0][1:5] == ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+
+
+class Frail(torch.nn.Module):
+    """An encoder that is killed where it is given many rows, as the kernel kills what takes too much."""
+
+    def __init__(self, most: int):
+        super().__init__()
+        self.most, self.dim, self.weight = most, 4, torch.nn.Parameter(torch.eye(8, 4))
+
+    def forward(self, view: View) -> torch.Tensor:
+        if len(view.data) > self.most:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return view.data @ self.weight
+
+
+def test_real_trials_on_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that really start, run, and are really killed: one row a rank fits, two do not."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    tower = {"encoder": {"kind": "tests.test_bench:Frail", "most": 1}}
+    chosen = settings(batch=4, engine=VALUE["engine"] | {"ranks": 2}, towers=VALUE["towers"] | {"a": tower})
+    console = Console(file=io.StringIO(), width=120)
+    assert bench.find_micro_batch(chosen, None, console) == 1
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert re.search(r"1 .*MiB .* fits", text) and re.search(r"2 .* - .* - .* too large", text)
+    assert "set engine.micro_batch=1" in text

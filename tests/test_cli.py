@@ -249,12 +249,19 @@ def test_bench(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(program, "bench", "r.yaml", "--find-micro-batch", words=["starts its ranks itself", "engine.ranks=N"])
 
 
-def test_a_gpu_whose_memory_ended(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried 96 bytes. 12"
+
+
+@pytest.mark.parametrize(("error", "told"), [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), ": out of memory"),
+    (RuntimeError(CPU), ": can't allocate memory: you tried 96 bytes"),
+])  # fmt: skip
+def test_memory_ended(program: Program, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str) -> None:
     def train(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise error
 
     monkeypatch.setattr(loop, "train", train)
-    words = ["out of memory; `mvpretrain train RECIPE --dry-run` says"]
+    words = [f"{told}; `mvpretrain train RECIPE --dry-run` says"]
     refused(program, "train", "r.yaml", words=words, code=4)
 
 

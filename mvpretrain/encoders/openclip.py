@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import partial
 from typing import Any, Literal
 
 from jaxtyping import Float
@@ -77,6 +78,10 @@ class OpenCLIP(nn.Module):
         if config.force_image_size and hasattr(self.tower, "set_input_size"):
             self.tower.set_input_size(config.force_image_size)
         blocks.plain_parameters(self)
+        if self._reads_class_token():
+            # Nobody reads what the last block gives for the patches. Replaced in the instance, as for checkpointing.
+            last = self.tower.transformer.resblocks[-1]
+            last.forward = partial(class_token, last)
 
     @property
     def blocks(self) -> list[nn.Module] | None:
@@ -93,6 +98,14 @@ class OpenCLIP(nn.Module):
         shape = (3, *size) if isinstance(size, tuple) else (3, size, size)
         check_items(view.data, shape, "openclip image", "resize the view, or set the encoder's force_image_size")
         return self.tower(view.data.to(next(self.parameters()).dtype)).float()
+
+    def _reads_class_token(self) -> bool:
+        """Whether it is a vision transformer of plain blocks that ends in the vector of its class token."""
+        from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+
+        tower = self.tower
+        plain = isinstance(tower, VisionTransformer) and type(tower.transformer.resblocks[-1]) is ResidualAttentionBlock
+        return plain and tower.attn_pool is None and tower.pool_type == "tok"
 
     def _looks_back(self) -> bool:
         """Whether what follows a text's last token changes nothing: attention is causal, and that token is the text."""
@@ -115,6 +128,13 @@ class OpenCLIP(nn.Module):
             self.tower.set_grad_checkpointing()
         else:  # open_clip's own switch does nothing for its ResNets, and fails on blocks with scale_heads and the like
             blocks.checkpoint_activations(self.blocks)
+
+
+def class_token(block: Any, x: Float[Tensor, "b n d"], **_: None) -> Float[Tensor, "b 1 d"]:
+    """What one of open_clip's plain blocks gives for the first token, which attends to all."""
+    normed = block.ln_1(x)
+    token = x[:, :1] + block.ls_1(block.attention(normed[:, :1], normed, normed))
+    return token + block.ls_2(block.mlp(block.ln_2(token)))
 
 
 def _architecture(config: OpenCLIPConfig) -> dict[str, Any]:

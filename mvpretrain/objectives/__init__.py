@@ -123,6 +123,16 @@ class Temperature(Config):
         return bounded_exp(log_temperature, self.min, self.max)
 
 
+def anchors(asked: str | None, views: Sequence[str]) -> list[str]:
+    """The views that are exchanged between whole tuples in turn: the one asked for, `all`, or the first.
+
+    ValueError: no such view.
+    """
+    if asked is not None and asked not in (*views, "all"):
+        raise ValueError(unknown("view in objective.anchor", asked, [*views, "all"]))
+    return list(views) if asked == "all" else [asked or views[0]]
+
+
 class ForeignObjective(ObjectiveConfig, Foreign):
     """A user's own class, `forward(local, every) -> Losses`, by import path."""
 

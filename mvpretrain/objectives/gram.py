@@ -10,11 +10,10 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from mvpretrain.config import unknown
 from mvpretrain.exchange import Exchange
 from mvpretrain.numerics import tuples
 from mvpretrain.numerics.tuples import Sides, Tensors, Tuples
-from mvpretrain.objectives import ObjectiveConfig, Temperature
+from mvpretrain.objectives import ObjectiveConfig, Temperature, anchors
 from mvpretrain.types import Embeddings, Losses
 
 FLAT = 1e-6  # added to the squared volume: a root has no gradient at 0
@@ -32,12 +31,8 @@ class GramConfig(ObjectiveConfig):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     temperature: Temperature = Temperature()
 
-    def anchors(self, views: Sequence[str]) -> list[str]:
-        return list(views) if self.anchor == "all" else [self.anchor or views[0]]
-
     def check(self, views: Sequence[str]) -> None:
-        if self.anchors(views)[0] not in views:
-            raise ValueError(unknown("view in objective.anchor", str(self.anchor), [*views, "all"]))
+        anchors(self.anchor, views)
         self.temperature.refuse_per_pair("gram compares whole tuples and has one temperature")
 
     def build(self, views: Sequence[str], exchange: Exchange) -> Gram:
@@ -46,8 +41,8 @@ class GramConfig(ObjectiveConfig):
     def memory(self, views: int, rows: int, every: int, dim: int) -> int:
         packed = 3 * every * views * dim * 4  # whole tuples, their other views side by side, and the gradient
         recursion = every * views**3 * 8 * 3  # the adjugates' powers, in float64
-        tile = 512 * 1024 * views * 8 * 4
-        return super().memory(views, rows, every, dim) + len(self.anchors(["v"] * views)) * (packed + recursion) + tile
+        tile, times = 512 * 1024 * views * 8 * 4, views if self.anchor == "all" else 1
+        return super().memory(views, rows, every, dim) + times * (packed + recursion) + tile
 
 
 class Gram(nn.Module):
@@ -77,7 +72,7 @@ class Gram(nn.Module):
 
     def __init__(self, config: GramConfig, views: Sequence[str]):
         super().__init__()
-        self.config, self.views, self.anchors = config, list(views), config.anchors(views)
+        self.config, self.views, self.anchors = config, list(views), anchors(config.anchor, views)
         self.log_temperature = config.temperature.parameter()
 
     def forward(self, local: Embeddings, every: Embeddings) -> Losses:

@@ -139,13 +139,11 @@ class InfoNCE(nn.Module):
         """(pair, view) -> log-sum-exp of each local row over the other samples of its own view."""
         if not self.config.in_view:
             return {}
-        if self.config.temperature.per_pair:
-            found = {}
-            for p, pair in enumerate(self.pairs):
-                sums = self._sums(local, every, [(v, v) for v in pair], scales[p].expand(2), apart=True)
-                found |= {(p, v): sums[v, v].lse for v in pair}
-            return found
-        # One temperature for all: each view's sums serve all of its pairs.
-        views = list(dict.fromkeys(v for pair in self.pairs for v in pair))
-        sums = self._sums(local, every, [(v, v) for v in views], scales[:1].expand(len(views)), apart=True)
-        return {(p, v): sums[v, v].lse for p, pair in enumerate(self.pairs) for v in pair}
+        # With one temperature for all, a view's sums serve all of its pairs, and one call finds those of every view.
+        shared = not self.config.temperature.per_pair
+        asked = [tuple({v: None for pair in self.pairs for v in pair})] if shared else self.pairs
+        sums = {}
+        for p, views in enumerate(asked):
+            own = self._sums(local, every, [(v, v) for v in views], scales[p].expand(len(views)), apart=True)
+            sums |= {(p, v): own[v, v].lse for v in views}
+        return {(p, v): sums[0 if shared else p, v] for p, pair in enumerate(self.pairs) for v in pair}

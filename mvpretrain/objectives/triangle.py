@@ -10,11 +10,10 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from mvpretrain.config import unknown
 from mvpretrain.exchange import Exchange
 from mvpretrain.numerics import tuples
 from mvpretrain.numerics.tuples import Sides, Tensors, Tuples
-from mvpretrain.objectives import ObjectiveConfig, Temperature
+from mvpretrain.objectives import ObjectiveConfig, Temperature, anchors
 from mvpretrain.types import Embeddings, Losses
 
 FLAT = 1e-6  # added to the squared area, times four: a root has no gradient at 0
@@ -33,17 +32,13 @@ class TriangleConfig(ObjectiveConfig):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     temperature: Temperature = Temperature()
 
-    def anchors(self, views: Sequence[str]) -> list[str]:
-        return list(views) if self.anchor == "all" else [self.anchor or views[0]]
-
     def check(self, views: Sequence[str]) -> None:
         if len(views) != 3:
             raise ValueError(
                 f"objective kind 'triangle' takes 3 views, got {len(views)}: {', '.join(views)}; kind 'gram' takes "
                 "any number"
             )
-        if self.anchors(views)[0] not in views:
-            raise ValueError(unknown("view in objective.anchor", str(self.anchor), [*views, "all"]))
+        anchors(self.anchor, views)
         self.temperature.refuse_per_pair("triangle compares whole triples and has one temperature")
 
     def build(self, views: Sequence[str], exchange: Exchange) -> Triangle:
@@ -51,7 +46,8 @@ class TriangleConfig(ObjectiveConfig):
 
     def memory(self, views: int, rows: int, every: int, dim: int) -> int:
         packed = 2 * every * views * dim * 4  # whole triples, and their gradient
-        return super().memory(views, rows, every, dim) + len(self.anchors(["v"] * views)) * packed + 512 * 1024 * 24 * 4
+        times = views if self.anchor == "all" else 1
+        return super().memory(views, rows, every, dim) + times * packed + 512 * 1024 * 24 * 4
 
 
 class Triangle(nn.Module):
@@ -76,7 +72,7 @@ class Triangle(nn.Module):
 
     def __init__(self, config: TriangleConfig, views: Sequence[str]):
         super().__init__()
-        self.config, self.views, self.anchors = config, list(views), config.anchors(views)
+        self.config, self.views, self.anchors = config, list(views), anchors(config.anchor, views)
         self.log_temperature = config.temperature.parameter()
 
     def forward(self, local: Embeddings, every: Embeddings) -> Losses:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,37 @@ def test_openclip_towers_are_those_of_the_whole_model(layout: str, image: torch.
     )
     larger = build({**settings, "modality": "image", "force_image_size": 32})
     assert larger(View(torch.randn(2, 3, 32, 32))).isfinite().all()
+
+
+@pytest.mark.parametrize("more", [{}, {"ls_init_value": 0.3, "final_ln_after_pool": True}])
+def test_openclip_computes_of_its_last_block_the_class_token_alone(image: torch.Tensor, more: dict[str, Any]) -> None:
+    """Numbers and gradients are those of whole blocks."""
+    torch.manual_seed(0)
+    config = {**CLIP, "vision_cfg": {**CLIP["vision_cfg"], **more}}
+    encoder: Any = build({"kind": "openclip", "modality": "image", "config": config}).double()
+    shapes: list[tuple[int, ...]] = []
+    encoder.blocks[-1].mlp.register_forward_hook(lambda _, inputs, out: shapes.append(tuple(out.shape[:2])))
+    whole = copy.deepcopy(encoder)
+    for block in whole.blocks:
+        block.__dict__.pop("forward", None)
+    found, wanted = encoder.tower(image.double()), whole.tower(image.double())
+    assert shapes == [(2, 1), (2, 5)]
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    weight = torch.randn(found.shape).double()
+    one, other = (
+        torch.autograd.grad((z * weight).sum(), list(e.parameters())) for z, e in ((found, encoder), (wanted, whole))
+    )
+    torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("more", [{"pool_type": "avg"}, {"qk_norm": True}, {"attentional_pool": True}])
+def test_openclip_computes_all_of_its_last_block_where_it_is_read(image: torch.Tensor, more: dict[str, Any]) -> None:
+    config = {**CLIP, "embed_dim": 16, "vision_cfg": {**CLIP["vision_cfg"], **more}}
+    encoder: Any = build({"kind": "openclip", "modality": "image", "config": config})
+    shapes: list[tuple[int, ...]] = []
+    encoder.blocks[-1].mlp.register_forward_hook(lambda _, inputs, out: shapes.append(tuple(out.shape[:2])))
+    encoder(View(image))
+    assert shapes == [(2, 5)]
 
 
 def test_openclip_takes_coca_timm_and_block_variants(image: torch.Tensor) -> None:

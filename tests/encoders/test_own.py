@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -26,7 +28,31 @@ def test_block_is_attention_written_out_row_by_row() -> None:
                 weights = torch.stack([q[b, i, part] @ k[b, j, part] / 2 for j in there]).softmax(0)
                 seen[b, i, part] = sum(w * v[b, j, part] for w, j in zip(weights, there))
     y = x + block.out(seen)
-    torch.testing.assert_close(block(x, mask), y + block.mlp(block.mlp_norm(y)))
+    wanted = y + block.mlp(block.mlp_norm(y))
+    torch.testing.assert_close(block(x, mask), wanted)
+    torch.testing.assert_close(block(x, mask, first=2), wanted[:, :2])
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_vit_computes_of_its_last_block_the_class_token_alone(checkpointed: bool) -> None:
+    """Numbers and gradients are those of whole blocks."""
+    torch.manual_seed(0)
+    encoder: Any = build({"kind": "vit", "image_size": 8, "patch": 2, "width": 12, "depth": 3, "heads": 2}).double()
+    shapes: list[tuple[int, ...]] = []
+    encoder.blocks[-1].mlp.register_forward_hook(lambda _, inputs, out: shapes.append(tuple(out.shape)))
+    data, weight = torch.randn(3, 3, 8, 8).double(), torch.randn(3, 12)
+    whole = copy.deepcopy(encoder)
+    if checkpointed:
+        encoder.checkpoint_activations()
+    found = (encoder(View(data)) * weight).sum()
+    assert shapes == [(3, 1, 12)]
+    for block in whole.blocks:
+        block.forward = partial(lambda forward, x, first=None: forward(x), block.forward)
+    wanted = (whole(View(data)) * weight).sum()
+    assert shapes == [(3, 1, 12), (3, 17, 12)]
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)  # in float32, as encoders return it
+    one, other = (torch.autograd.grad(loss, list(e.parameters())) for loss, e in ((found, encoder), (wanted, whole)))
+    torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
 def test_masked_mean_is_the_mean_of_what_is_there() -> None:
