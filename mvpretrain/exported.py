@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mvpretrain import views
 from mvpretrain.config import unknown
-from mvpretrain.task import Tower, TowerConfig, unit
+from mvpretrain.tower import Tower, TowerConfig, unit
 from mvpretrain.types import Encoder, Transform, View
 from mvpretrain.views import ViewConfig
 

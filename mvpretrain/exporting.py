@@ -19,7 +19,8 @@ from mvpretrain.exported import FORMAT, HERE, Exported, load, put, stacked
 from mvpretrain.recipe import Recipe
 from mvpretrain.recipe import load as load_recipe
 from mvpretrain.shards.pack import fresh_folder
-from mvpretrain.task import Task, Tower, TowerConfig
+from mvpretrain.task import Task
+from mvpretrain.tower import Tower, TowerConfig
 from mvpretrain.types import Batch, Transform, View
 from mvpretrain.views import ViewConfig
 

@@ -11,7 +11,8 @@ from pydantic import Field
 from torch import nn
 
 from mvpretrain.config import Config, import_path, unknown
-from mvpretrain.task import Task, TowerConfig
+from mvpretrain.task import Task
+from mvpretrain.tower import TowerConfig
 
 
 class OptimizerConfig(Config):

@@ -20,8 +20,9 @@ from mvpretrain.optim import OptimizerConfig, ScheduleConfig
 from mvpretrain.shards.stream import StreamConfig
 from mvpretrain.shards.synthetic import SyntheticConfig
 from mvpretrain.shards.tars import ShardsConfig
-from mvpretrain.task import Task, TowerConfig
+from mvpretrain.task import Task
 from mvpretrain.teacher import TeacherConfig
+from mvpretrain.tower import TowerConfig
 from mvpretrain.views import ViewConfig
 
 

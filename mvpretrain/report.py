@@ -24,7 +24,7 @@ from mvpretrain.exported import Exported, exported_views, load
 from mvpretrain.recipe import Recipe
 from mvpretrain.recipe import load as load_recipe
 from mvpretrain.shards.stream import Stream
-from mvpretrain.task import Tower, unit
+from mvpretrain.tower import Tower, unit
 from mvpretrain.types import Embeddings, View
 
 PROBE_ROWS = 10_000  # of the training data that probes are fitted on: logistic regression takes minutes beyond

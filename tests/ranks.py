@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing import connection, get_context
 from typing import Any
 
-CHECKED = ("mvpretrain.numerics", "mvpretrain.objectives", "mvpretrain.exchange", "mvpretrain.task")
+CHECKED = ("mvpretrain.numerics", "mvpretrain.objectives", "mvpretrain.exchange", "mvpretrain.task", "mvpretrain.tower")
 GRACE = 2.0  # seconds that ranks have to answer once another one has failed: they may wait for it in a collective
 
 

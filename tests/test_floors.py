@@ -14,7 +14,7 @@ HOUSE = (
     "numerics exchange stopwatch shards views encoders blocks",
     "similarity directed sharded teacher",
     "moving",
-    "objectives",
+    "objectives tower",
     "task",
     "optim",
     "recipe",

@@ -11,7 +11,8 @@ from torch import nn
 from mvpretrain import objectives, optim
 from mvpretrain.exchange import Alone
 from mvpretrain.optim import OptimizerConfig, ScheduleConfig
-from mvpretrain.task import Task, TowerConfig
+from mvpretrain.task import Task
+from mvpretrain.tower import TowerConfig
 
 VIT = {"kind": "vit", "image_size": 8, "patch": 4, "width": 8, "depth": 1, "heads": 2}
 TEXT = {"kind": "transformer", "length": 6, "width": 8, "depth": 1, "heads": 2}

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from mvpretrain.exchange import Alone
-from mvpretrain.task import HeadConfig, Pull, Task, Tower, TowerConfig, head, projection, unit
+from mvpretrain.task import Pull, Task
+from mvpretrain.tower import HeadConfig, Tower, TowerConfig, head, projection, unit
 from mvpretrain.types import Batch, Losses, View
 from tests.engine.small import DIM, ROWS, WIDTH, batch_of, task_of, tower
 

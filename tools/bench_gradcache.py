@@ -29,7 +29,8 @@ from mvpretrain import objectives, optim
 from mvpretrain.engine import Engine, start, wrap
 from mvpretrain.optim import OptimizerConfig
 from mvpretrain.recipe import EngineConfig
-from mvpretrain.task import Task, TowerConfig
+from mvpretrain.task import Task
+from mvpretrain.tower import TowerConfig
 from mvpretrain.types import Batch, View
 
 SIDES = ("plain", "two passes", "first in bf16")

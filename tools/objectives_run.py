@@ -21,7 +21,8 @@ from mvpretrain.evaluation.retrieval import retrieval
 from mvpretrain.exchange import Alone, share
 from mvpretrain.recipe import Recipe
 from mvpretrain.shards.stream import Stream
-from mvpretrain.task import Task, Tower
+from mvpretrain.task import Task
+from mvpretrain.tower import Tower
 from mvpretrain.types import Embeddings
 
 ROOT = Path(__file__).resolve().parents[1]

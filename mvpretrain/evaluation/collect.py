@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from mvpretrain.exchange import Exchange, share
-from mvpretrain.task import Task, Tower, unit
+from mvpretrain.task import Task
+from mvpretrain.tower import Tower, unit
 from mvpretrain.types import Batch, Embeddings
 
 

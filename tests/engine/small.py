@@ -12,8 +12,9 @@ from torch import Tensor
 from mvpretrain import objectives, optim
 from mvpretrain.exchange import Exchange
 from mvpretrain.optim import OptimizerConfig
-from mvpretrain.task import HeadConfig, Task, Tower, TowerConfig
+from mvpretrain.task import Task
 from mvpretrain.teacher import TeacherConfig
+from mvpretrain.tower import HeadConfig, Tower, TowerConfig
 from mvpretrain.types import Batch, View
 
 ROWS, WIDTH, DIM = 12, 6, 5

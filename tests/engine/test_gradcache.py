@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mvpretrain.engine import gradcache
 from mvpretrain.recipe import EngineConfig
-from mvpretrain.task import HeadConfig
+from mvpretrain.tower import HeadConfig
 from mvpretrain.types import Embeddings, Losses
 from tests.engine.small import DIM, ROWS, batch_of, engine_of, optimizer_of, rows_of, task_of
 from tests.engine.test_gradients import CLIP, TOWERS, descended, errors

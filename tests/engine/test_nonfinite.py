@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvpretrain.task import HeadConfig
+from mvpretrain.tower import HeadConfig
 from mvpretrain.types import Losses
 from tests.engine.small import batch_of, engine_of, held, optimizer_of, rows_of, task_of
 

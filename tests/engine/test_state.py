@@ -14,8 +14,8 @@ from mvpretrain import checkpoint, objectives, recipe, sharded
 from mvpretrain.checkpoint import Place
 from mvpretrain.engine import encoding
 from mvpretrain.shards.stream import Cursor
-from mvpretrain.task import HeadConfig
 from mvpretrain.teacher import TeacherConfig
+from mvpretrain.tower import HeadConfig
 from tests.engine.small import batch_of, engine_of, held, optimizer_of, rows_of, task_of
 
 HERE = Place(3, Cursor(0, (36,)), {}, {})

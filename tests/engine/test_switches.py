@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mvpretrain import encoders
-from mvpretrain.task import TowerConfig, by_length
+from mvpretrain.tower import TowerConfig, by_length
 from mvpretrain.types import View
 from tests.engine.small import batch_of, engine_of, rows_of, task_of
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mvpretrain.exchange import Alone
-from mvpretrain.task import HeadConfig, Task
+from mvpretrain.task import Task
 from mvpretrain.teacher import TeacherConfig
+from mvpretrain.tower import HeadConfig
 from mvpretrain.types import Batch
 from tests.engine.small import ROWS, batch_of, engine_of, held, optimizer_of, rows_of, task_of
 from tests.engine.test_nonfinite import Breaking

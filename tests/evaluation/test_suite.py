@@ -13,7 +13,8 @@ from mvpretrain.evaluation.collect import collect
 from mvpretrain.evaluation.suite import evaluate
 from mvpretrain.exchange import Alone
 from mvpretrain.recipe import EvaluationConfig
-from mvpretrain.task import Task, TowerConfig
+from mvpretrain.task import Task
+from mvpretrain.tower import TowerConfig
 from mvpretrain.types import Batch, View
 
 CPU = torch.device("cpu")
