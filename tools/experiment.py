@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 
 import mvpretrain
-from mvpretrain import checkpoint, exporting, objectives
+from mvpretrain import checkpoint, loop, objectives
+from mvpretrain import engine as engines
 from mvpretrain.exchange import Alone
 from mvpretrain.recipe import Recipe
 from mvpretrain.task import Task
@@ -123,7 +124,7 @@ class Experiment(NamedTuple):
             task = recipe.task(Alone()).eval()
         else:
             mvpretrain.train(recipe.model_copy(update={"data": recipe.data.model_copy(update={"eval": None})}))
-            task = exporting.trained(recipe, checkpoint.find(folder))
+            task = ended(recipe)
         trained = time.perf_counter()
         measured = self.measure(recipe, task, self.data[case.data])
         result = {**case._asdict(), **self.planned(case, options), **measured}
@@ -133,6 +134,13 @@ class Experiment(NamedTuple):
         aside = path.with_suffix(".part")
         aside.write_text(json.dumps(result, indent=1))
         aside.rename(path)
+
+
+def ended(recipe: Recipe) -> Task:
+    """The run's task at its end, what its objective knows of single samples included."""
+    engine = loop.build(recipe, engines.start(recipe.engine))
+    checkpoint.load(checkpoint.find(Path(recipe.run)), engine)
+    return engine.task.eval()
 
 
 def main(experiment: Experiment, about: str, argv: Sequence[str] | None) -> int:

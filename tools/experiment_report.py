@@ -16,8 +16,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#2b6cb0", "#90cdf4", "#c05621", "#d69e2e", "#2f855a", "#805ad5", "#d53f8c", "#38b2ac", "#4a5568")
+COLOURS = (
+    *("#2b6cb0", "#90cdf4", "#c05621", "#d69e2e", "#2f855a"),
+    *("#805ad5", "#d53f8c", "#38b2ac", "#4a5568", "#9b2c2c"),
+)
 UNTRAINED = "#a0aec0"
+NUMBERED = 8  # objectives side by side, beyond which their numbers would overlap
 
 
 class Spread(NamedTuple):
@@ -49,9 +53,7 @@ class Findings(NamedTuple):
     def spread(self, data: str, objective: str, name: str) -> Spread | None:
         """Over seeds; None where nothing was measured under this name."""
         found = [scores[name] for scores in self.values(data, objective, "scores") if name in scores]
-        if not found:
-            return None
-        return Spread(statistics.mean(found), statistics.stdev(found) if len(found) > 1 else None, len(found))
+        return over_seeds(found) if found else None
 
     def summary(self, names: Iterable[str]) -> dict[str, dict[str, dict[str, Any]]]:
         """Data set -> objective -> name -> mean, std, seeds."""
@@ -103,7 +105,7 @@ class Findings(NamedTuple):
             places = [group + 0.8 * ((i + 0.5) / len(known) - 0.5) for group in range(len(found))]
             means, bars = ([100 * (x or 0) for x in column] for column in zip(*((s.mean, s.std) for s in found)))
             axes.errorbar(places, means, bars, fmt="o", ms=6, capsize=3, color=self.colour(objective), label=objective)
-            for place, mean, bar in zip(places, means, bars):
+            for place, mean, bar in zip(places, means, bars) if len(known) <= NUMBERED else ():
                 axes.annotate(
                     f"{mean:.1f}", (place, mean + bar), (0, 3), textcoords="offset points", ha="center", fontsize=7
                 )
@@ -119,6 +121,10 @@ class Findings(NamedTuple):
         names = [o for o in (*self.objectives, *others) if o in handles]
         shown = [handles[o] for o in names]
         figure.legend(shown, names, loc="outside lower center", ncols=len(names), frameon=False)
+
+
+def over_seeds(found: Sequence[float]) -> Spread:
+    return Spread(statistics.mean(found), statistics.stdev(found) if len(found) > 1 else None, len(found))
 
 
 def quiet(axes: Axes) -> None:

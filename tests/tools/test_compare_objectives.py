@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import statistics
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,15 +19,6 @@ from mvpretrain.evaluation.collect import Table
 
 ROOT = Path(__file__).parents[2]
 DIMS = {"fou": 76, "fac": 216, "kar": 64, "pix": 240, "zer": 47, "mor": 6}
-TOOLS = ("compare_objectives", "objectives_", "experiment", "make_", "long_tail")  # what their names start with
-
-
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    yield importlib.import_module
-    for name in [n for n in sys.modules if n.startswith(TOOLS)]:
-        del sys.modules[name]
 
 
 @pytest.fixture

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import io
 import json
-import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -22,15 +20,6 @@ from mvpretrain.shards.tars import Tars
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared/data"
-
-
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`tool("digits")`: the module tools/make_digits.py."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    yield lambda name: importlib.import_module(name if name == "long_tail" else f"make_{name}")
-    for name in [n for n in sys.modules if n.startswith(("make_", "long_tail"))]:
-        del sys.modules[name]
 
 
 def data(name: str) -> Path:
@@ -52,7 +41,7 @@ def sound(out: Path) -> bool:
 
 
 def test_digits(tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make = tool("digits")
+    make = tool("make_digits")
     make.main([str(tmp_path / "out")])
     assert "train: 1,438 samples in 5 shards" in capsys.readouterr().out and sound(tmp_path / "out")
     train, test = read(tmp_path / "out", "train"), read(tmp_path / "out", "test")
@@ -69,7 +58,7 @@ def test_digits(tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_captions_of_digits_name_the_digit_in_several_languages(tool: Any) -> None:
-    make, rng = tool("digits"), np.random.default_rng(0)
+    make, rng = tool("make_digits"), np.random.default_rng(0)
     for words, templates in make.LANGUAGES.values():
         assert len(set(words.split())) == 10 and len(set(templates)) >= 4
     found = {make.caption(8, rng) for _ in range(400)}
@@ -80,7 +69,7 @@ def test_captions_of_digits_name_the_digit_in_several_languages(tool: Any) -> No
 def test_avmnist(tool: Any, tmp_path: Path) -> None:
     mnist, fsdd = data("mnist"), data("fsdd")
     pytest.importorskip("soundfile", reason="sound is decoded by soundfile")
-    make = tool("avmnist")
+    make = tool("make_avmnist")
     for name in ("out", "again"):
         make.main([str(mnist), str(fsdd), str(tmp_path / name), "--train", "60", "--test", "20"])
     assert sound(tmp_path / "out")
@@ -150,7 +139,7 @@ def test_what_cannot_be_drawn_is_refused(tool: Any, total: int | None, ratio: fl
 
 
 def test_mfeat(tool: Any, tmp_path: Path) -> None:
-    folder, make = data("mfeat"), tool("mfeat")
+    folder, make = data("mfeat"), tool("make_mfeat")
     make.main([str(folder), str(tmp_path / "out")])
     assert sound(tmp_path / "out")
     train, test = read(tmp_path / "out", "train"), read(tmp_path / "out", "test")
@@ -165,13 +154,13 @@ def test_mfeat(tool: Any, tmp_path: Path) -> None:
 
 
 def test_a_feature_of_mfeat_that_never_changes_is_not_divided_by_zero(tool: Any) -> None:
-    found = tool("mfeat").constants(np.array([[1, 5], [3, 5]], np.float32))
+    found = tool("make_mfeat").constants(np.array([[1, 5], [3, 5]], np.float32))
     np.testing.assert_array_equal([found["mean"], found["std"]], [[2, 5], [1, 1]])
 
 
 def test_captions(tool: Any, tmp_path: Path) -> None:
     folder = data("coco_mini_open")
-    tool("captions").main([str(folder / "images"), str(folder / "captions.json"), str(tmp_path / "out")])
+    tool("make_captions").main([str(folder / "images"), str(folder / "captions.json"), str(tmp_path / "out")])
     assert sound(tmp_path / "out")
     train, test = read(tmp_path / "out", "train"), read(tmp_path / "out", "test")
     assert (len(train), len(test)) == (41, 10) and not train.keys() & test.keys()
@@ -188,9 +177,9 @@ def test_flat_captions(tool: Any, tmp_path: Path) -> None:
         (tmp_path / f"{i}.png").write_bytes(b"%d" % i)
     arguments = [str(tmp_path), str(tmp_path / "c.json"), str(tmp_path / "out"), "--txt"]
     with pytest.raises(ValueError, match=r"no image '9.png' in .*give the images' folder"):
-        tool("captions").main(arguments)
+        tool("make_captions").main(arguments)
     (tmp_path / "9.png").write_bytes(b"9")
-    tool("captions").main(arguments)
+    tool("make_captions").main(arguments)
     found = read(tmp_path / "out", "train") | read(tmp_path / "out", "test")
     assert {key: (s["png"], s["txt"]) for key, s in found.items()} == {
         str(i): (b"%d" % i, b"caption %d" % i) for i in range(10)
@@ -209,7 +198,7 @@ def test_cifar10(tool: Any, tmp_path: Path, packed: bool) -> None:
         with tarfile.open(tmp_path / "cifar.tar.xz", "w:xz") as tar:
             tar.add(source, "some/where")
         source = tmp_path / "cifar.tar.xz"
-    tool("cifar10").main([str(source), str(tmp_path / "out")])
+    tool("make_cifar10").main([str(source), str(tmp_path / "out")])
     assert json.loads((tmp_path / "out/classes.json").read_text()) == ["airplane", "cat"]
     train, test = read(tmp_path / "out", "train"), read(tmp_path / "out", "test")
     assert (len(train), len(test)) == (12, 4)
@@ -219,7 +208,7 @@ def test_cifar10(tool: Any, tmp_path: Path, packed: bool) -> None:
 
 def test_cifar10_refuses_another_layout(tool: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must hold train/<class>/\*.jpg"):
-        tool("cifar10").load(tmp_path)
+        tool("make_cifar10").load(tmp_path)
 
 
 def test_cifar10_in_a_long_tail(tool: Any, tmp_path: Path) -> None:
@@ -230,7 +219,7 @@ def test_cifar10_in_a_long_tail(tool: Any, tmp_path: Path) -> None:
             for i in range(count):
                 (source / split / label / f"{i:04d}.jpg").write_bytes(f"{split} {label} {i}".encode())
     for name in ("out", "again"):
-        tool("cifar10").main([str(source), str(tmp_path / name), "--tail", "9", "--val", "4"])
+        tool("make_cifar10").main([str(source), str(tmp_path / name), "--tail", "9", "--val", "4"])
     for shard in (tmp_path / "out").glob("*.tar"):
         assert shard.read_bytes() == (tmp_path / "again" / shard.name).read_bytes()
     train, val, test = (read(tmp_path / "out", split) for split in ("train", "val", "test"))
@@ -241,7 +230,7 @@ def test_cifar10_in_a_long_tail(tool: Any, tmp_path: Path) -> None:
 
 
 def test_eurosat(tool: Any, tmp_path: Path) -> None:
-    source, make = data("eurosat_2k5"), tool("eurosat")
+    source, make = data("eurosat_2k5"), tool("make_eurosat")
     make.main([str(source), str(tmp_path / "out"), "--tail", "50"])
     assert sound(tmp_path / "out")
     train, val, test = (read(tmp_path / "out", split) for split in ("train", "val", "test"))
@@ -264,4 +253,4 @@ def test_eurosat_refuses_other_labels(tool: Any, tmp_path: Path) -> None:
         (tmp_path / split / "cat").mkdir(parents=True)
         (tmp_path / split / "cat" / "0.png").write_bytes(b"0")
     with pytest.raises(ValueError, match=r"has the labels \['cat'\]; EuroSAT's are 0 to 9"):
-        tool("eurosat").main([str(tmp_path), str(tmp_path / "out")])
+        tool("make_eurosat").main([str(tmp_path), str(tmp_path / "out")])
