@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 
 from mvpretrain import objectives
+from mvpretrain.recipe import Recipe
+from mvpretrain.task import Task
 from mvpretrain.views.image import random_steps
 
 ROOT = Path(__file__).parents[2]
@@ -47,16 +49,24 @@ def test_a_run_is_measured_by_class_and_kinds_that_are_not_there_are_left_out(
     compare, shared = tool("compare_tailed"), tool("experiment")
     small = compare.EXPERIMENT.data["cifar10"]._replace(packing=("--tail=5", "--val=4"))
     chosen = compare.EXPERIMENT.objectives | {"another": {"kind": "another"}}
-    experiment = compare.EXPERIMENT._replace(data={"cifar10": small}, objectives=chosen)
+    ended, measure = [], compare.EXPERIMENT.measure
+
+    def watched(recipe: Recipe, task: Task, data: Any) -> dict[str, Any]:
+        ended.append(float(getattr(task.objective, "log_temperature").detach().exp()))  # noqa: B009
+        return measure(recipe, task, data)
+
+    experiment = compare.EXPERIMENT._replace(data={"cifar10": small}, objectives=chosen, measure=watched)
     monkeypatch.setattr(compare, "EXPERIMENT", experiment)
     photographs(tmp_path / "images")
     tool("make_cifar10").main([str(tmp_path / "images"), str(small.shards(tmp_path)), *small.packing])
     (tmp_path / "results").mkdir()
     options = shared.Options(tmp_path, 3, 1)
-    for objective in ("infonce", "untrained"):
+    for objective in ("infonce-learned", "untrained"):
         experiment.run(shared.Case("cifar10", objective, 0), options)
+    # Objectives are measured as they ended, not as they are built.
+    assert abs(ended[0] - 0.1) > 1e-5
     given = ["--out", str(tmp_path), "--steps", "3", "--seeds", "1", "--data", "cifar10"]
-    assert compare.main([*given, "--objectives", "infonce", "another", "untrained"]) == 0
+    assert compare.main([*given, "--objectives", "infonce-learned", "another", "untrained"]) == 0
     said = capsys.readouterr().out
     assert "another is left out: there is no objective of kind 'another'" in said
     assert "2 runs, 2 of them finished before" in said
@@ -69,12 +79,12 @@ def test_a_run_is_measured_by_class_and_kinds_that_are_not_there_are_left_out(
     assert "pairs" not in trained["scores"] and trained["temperatures"] == {}
     assert trained["cost"]["phases"].keys() >= {"objective", "backward"} and fresh["cost"] == {}
     page = (tmp_path / "comparison.md").read_text()
-    assert "## cifar10" in page and "| infonce | temperature {init: 0.1, learnable: false} |" in page
+    assert "## cifar10" in page and "| infonce-learned | temperature {init: 0.1} |" in page
     pictures = {path.name for path in tmp_path.glob("*.png")}
     assert pictures == {"comparison.png"} and "![comparison](comparison.png)" in page
     with pytest.raises(ValueError, match=r"of packing \['--tail=5', '--val=4'\], not \['--tail=9'\]"):
         other = experiment._replace(data={"cifar10": small._replace(packing=("--tail=9",))})
-        other.finished(shared.Case("cifar10", "infonce", 0), options)
+        other.finished(shared.Case("cifar10", "infonce-learned", 0), options)
 
 
 def test_every_objective_that_is_there_fits_every_data_set(tool: Any, runs: ModuleType, tmp_path: Path) -> None:
