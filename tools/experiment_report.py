@@ -86,10 +86,11 @@ class Findings(NamedTuple):
         seen, train = sizes["seen"], sizes["train"]
         chances = [r["scores"]["chance"] for r in self.runs if r["data"] == data and "chance" in r["scores"]]
         chance = f" Chance of R@1: {100 * statistics.mean(chances):.1f} %." if chances else ""
+        extra = [f"; {kind} with `{json.dumps(own)}`" for kind, own in chosen.objective.items()]
         return (
             f"{chosen.note} Training sees {seen:,} samples, {seen / train:.2g} times each of {train:,}; probes are "
             f"fitted on {sizes['labelled']:,} at most; all is tested on {sizes['held_out']:,}.{chance}\n\n"
-            f"recipes/{chosen.recipe}.yaml with `{'` `'.join(kept)}`"
+            f"recipes/{chosen.recipe}.yaml with `{'` `'.join(kept)}`{''.join(extra)}"
         )
 
     def colour(self, objective: str) -> str:
