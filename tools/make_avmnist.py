@@ -1,12 +1,12 @@
 """Pairs of an MNIST image and a spoken digit of the same class, with a caption, as shards.
 
-    python tools/make_avmnist.py MNIST_FOLDER FSDD_FOLDER OUT [--train 6000] [--test 1000] [--long-tail 0.1]
+    python tools/make_avmnist.py MNIST_FOLDER FSDD_FOLDER OUT [--train 6000] [--test 1000] [--val 50] [--tail 100]
 
 MNIST_FOLDER holds the four idx files, gzipped or not; FSDD_FOLDER the Free Spoken Digit Dataset's
 `{digit}_{speaker}_{take}.wav`, in itself or in `recordings/`. Images are drawn without replacement and each is given a
 recording of its class, drawn with replacement: there are 2,700 recordings to train on, so that they recur with other
 images. `test` pairs MNIST's test images with takes 0 to 4, FSDD's official test part; no image or recording is in both.
-With `--long-tail R`, class c of `train` comes in proportion to R ** (c / 9): nines are R times as frequent as zeros.
+`--tail` and `--val`: see long_tail.py; `val` has recordings of training's takes.
 
 Fields: `png` (28 x 28, grey), `wav` (8 kHz, as recorded), `txt` (see make_digits.py), `cls`.
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from long_tail import add_options, add_val, drawn, parts
 from make_digits import caption, png
 
 from mvpretrain.shards.pack import write_splits
@@ -51,30 +52,15 @@ def recordings(folder: Path, test: bool) -> list[list[Path]]:
     return found
 
 
-def drawn(labels: np.ndarray, count: int, long_tail: float, rng: np.random.Generator) -> np.ndarray:
-    """Places of `count` images without replacement, class c in proportion to long_tail ** (c / 9), shuffled."""
-    if long_tail == 1:
-        wanted = np.bincount(labels, minlength=10) * (count / len(labels))
-    else:
-        wanted = long_tail ** (np.arange(10) / 9)
-        wanted = wanted * (count / wanted.sum())
-    edges = np.round(np.concatenate([[0], np.cumsum(wanted)])).astype(int)
-    chosen = []
-    for digit, size in enumerate(np.diff(edges)):
-        images = np.flatnonzero(labels == digit)
-        if size > len(images):
-            raise ValueError(f"{size:,} images of class {digit} are wanted, there are {len(images):,}; ask for fewer")
-        chosen.append(rng.permutation(images)[:size])
-    return rng.permutation(np.concatenate(chosen))
-
-
 def pairs(
-    mnist: Path, fsdd: Path, split: str, count: int, long_tail: float, rng: np.random.Generator
+    images: np.ndarray,
+    labels: np.ndarray,
+    rows: np.ndarray,
+    spoken: list[list[Path]],
+    split: str,
+    rng: np.random.Generator,
 ) -> Iterator[dict[str, Any]]:
-    part = "train" if split == "train" else "t10k"
-    images, labels = idx(mnist, f"{part}-images-idx3-ubyte"), idx(mnist, f"{part}-labels-idx1-ubyte")
-    spoken = recordings(fsdd, test=split == "test")
-    for row in drawn(labels, count, long_tail, rng).tolist():
+    for row in rows.tolist():
         digit = int(labels[row])
         yield {
             "__key__": f"{split}-{row:05d}",
@@ -85,22 +71,28 @@ def pairs(
         }
 
 
+def splits(args: argparse.Namespace) -> dict[str, Iterator[dict[str, Any]]]:
+    rng = np.random.default_rng(args.seed)
+    found = {}
+    for part, test in (("train", False), ("t10k", True)):
+        images, labels = idx(args.mnist, f"{part}-images-idx3-ubyte"), idx(args.mnist, f"{part}-labels-idx1-ubyte")
+        spoken = recordings(args.fsdd, test)
+        rows = {"test": drawn(labels, args.test, 1.0, rng)} if test else parts(labels, args, rng)
+        found |= {split: pairs(images, labels, places, spoken, split, rng) for split, places in rows.items()}
+    return found
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mnist", type=Path, metavar="MNIST_FOLDER")
     parser.add_argument("fsdd", type=Path, metavar="FSDD_FOLDER")
     parser.add_argument("out", type=Path, metavar="OUT", help="a new folder")
-    parser.add_argument("--train", type=int, default=6000, help="training pairs (6000)")
+    add_options(parser, "pairs", 6000)
+    add_val(parser)
     parser.add_argument("--test", type=int, default=1000, help="held-out pairs (1000)")
-    parser.add_argument("--long-tail", type=float, default=1.0, metavar="R", help="rarest over most frequent class (1)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    rng = np.random.default_rng(args.seed)
-    splits = {
-        "train": pairs(args.mnist, args.fsdd, "train", args.train, args.long_tail, rng),
-        "test": pairs(args.mnist, args.fsdd, "test", args.test, 1.0, rng),
-    }
-    for name, written in write_splits(args.out, splits, shard_samples=1000).items():
+    for name, written in write_splits(args.out, splits(args), shard_samples=1000).items():
         print(f"{name}: {written}")
 
 

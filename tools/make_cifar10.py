@@ -1,10 +1,11 @@
 """CIFAR-10, or any set of images in class folders, as shards.
 
-    python tools/make_cifar10.py SOURCE OUT
+    python tools/make_cifar10.py SOURCE OUT [--train 2500] [--val 100] [--tail 100]
 
 SOURCE is a folder with train/<class>/*.jpg and test/<class>/*.jpg (or .png), or a tar of it, compressed or not. It is
 held in memory. Fields: the image as it is, under its ending; `cls`, the place of its class among the sorted names,
-which OUT/classes.json lists. Both parts are shuffled: in the source they are sorted by class.
+which OUT/classes.json lists. Both parts are shuffled: in the source they are sorted by class. `--tail` and `--val`: see
+long_tail.py.
 """
 
 from __future__ import annotations
@@ -12,26 +13,30 @@ from __future__ import annotations
 import argparse
 import random
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any
+
+import numpy as np
+from long_tail import add_options, add_val, parts
 
 from mvpretrain.shards.pack import write_splits
 from mvpretrain.shards.sources import safe
 
-SPLITS = ("train", "test")
+Key = tuple[str, str, str]  # split, class, file name
 
 
-def load(source: Path) -> dict[tuple[str, str, str], bytes]:
+def load(source: Path, splits: Sequence[str] = ("train", "test")) -> dict[Key, bytes]:
     """{(split, class, file name): contents} of a folder or tar, sorted. ValueError: no such images."""
     if source.is_dir():
         found = {p.relative_to(source).parts: p.read_bytes() for p in source.glob("*/*/*.*")}
     else:
         with tarfile.open(source) as tar:
             found = {PurePath(m.name).parts[-3:]: contents(tar, m) for m in tar if m.isfile()}
-    images = {k: found[k] for k in sorted(found) if len(k) == 3 and k[0] in SPLITS and k[2].endswith((".jpg", ".png"))}
-    if {k[0] for k in images} != set(SPLITS):
-        raise ValueError(f"{str(source)!r} must hold train/<class>/*.jpg and test/<class>/*.jpg; give the folder above")
+    images = {k: found[k] for k in sorted(found) if len(k) == 3 and k[0] in splits and k[2].endswith((".jpg", ".png"))}
+    if {k[0] for k in images} != set(splits):
+        wanted = " and ".join(f"{split}/<class>/*.jpg" for split in splits)
+        raise ValueError(f"{str(source)!r} must hold {wanted} (or .png); give the folder above")
     return images
 
 
@@ -41,27 +46,49 @@ def contents(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return file.read()
 
 
-def samples(
-    images: dict[tuple[str, str, str], bytes], split: str, classes: Sequence[str], seed: int
-) -> Iterator[dict[str, Any]]:
-    keys = [key for key in images if key[0] == split]
-    random.Random(seed).shuffle(keys)
+def chosen(images: Iterable[Key], args: argparse.Namespace) -> dict[str, list[Key]]:
+    """{split: its images, shuffled}; those of `train` as `args` ask for them."""
+    keys: dict[str, list[Key]] = {}
+    for key in images:
+        keys.setdefault(key[0], []).append(key)
+    for found in keys.values():
+        random.Random(args.seed).shuffle(found)
+    train = keys["train"]
+    labels = np.unique([key[1] for key in train], return_inverse=True)[1]
+    drawn = parts(labels, args, np.random.default_rng(args.seed))
+    return keys | {split: [train[i] for i in places] for split, places in drawn.items()}
+
+
+def samples(images: dict[Key, bytes], keys: Iterable[Key], classes: Sequence[str]) -> Iterator[dict[str, Any]]:
     for key in keys:
-        stem, _, ending = key[2].rpartition(".")
-        yield {"__key__": safe(f"{split}_{key[1]}_{stem}"), ending: images[key], "cls": classes.index(key[1])}
+        split, name, file = key
+        stem, _, ending = file.rpartition(".")
+        yield {"__key__": safe(f"{split}_{name}_{stem}"), ending: images[key], "cls": classes.index(name)}
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def write(images: dict[Key, bytes], args: argparse.Namespace, names: Sequence[str] = ()) -> None:
+    """The shards in `args.out`; `names` are those of the classes where their folders have others."""
+    classes = sorted({key[1] for key in images})
+    splits = {split: samples(images, keys, classes) for split, keys in chosen(images, args).items()}
+    notes = {"classes.json": list(names or classes)}
+    for name, written in write_splits(args.out, splits, shard_samples=5000, notes=notes).items():
+        print(f"{name}: {written}")
+
+
+def arguments(about: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="SOURCE")
     parser.add_argument("out", type=Path, metavar="OUT", help="a new folder")
     parser.add_argument("--seed", type=int, default=0)
+    add_options(parser, "images")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = arguments(__doc__)
+    add_val(parser)
     args = parser.parse_args(argv)
-    images = load(args.source)
-    classes = sorted({key[1] for key in images})
-    splits = {split: samples(images, split, classes, args.seed) for split in SPLITS}
-    for name, written in write_splits(args.out, splits, shard_samples=5000, notes={"classes.json": classes}).items():
-        print(f"{name}: {written}")
+    write(load(args.source), args)
 
 
 if __name__ == "__main__":

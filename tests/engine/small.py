@@ -69,11 +69,11 @@ def task_of(
         objective = {"kind": "infonce", "temperature": {"init": 0.2, "per_pair": True}}
     if isinstance(objective, dict):
         names = [*views, *(teacher.names(views) if teacher else ())]
-        objective = objectives.build(objective, names, exchange)
+        objective = objectives.build(objective, names, exchange, DIM)
     elif isinstance(objective, type):
         objective = objective()
     towers = {t: tower(**changes) for t in sorted(set(views.values()))}
-    return Task(views, towers, DIM, objective, exchange, teacher).to(dtype)
+    return Task(views, towers, DIM, objective, exchange, teacher=teacher).to(dtype)
 
 
 def engine_of(kind: str, task: Any = None, optimizer: Any = None, size: int = 1, **settings: Any) -> Any:

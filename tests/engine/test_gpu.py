@@ -57,8 +57,8 @@ def test_the_loss_scale_of_fp16_leaves_the_gradient_as_it_is(kind):
 def test_dropout_on_a_gpu_is_the_same_in_both_passes():
     """A gradient step on embeddings that dropout has drawn differently would not be the step of their loss."""
     seen: list[torch.Tensor] = []
-    changes = {"encoder": {"dropout": 0.5}}
-    engine = engine_of("none", lambda x: task_of(3, torch.float32, x, **changes), device="cuda", micro_batch=5)
+    dropout = {"dropout": 0.5}
+    engine = engine_of("none", lambda x: task_of(3, torch.float32, x, encoder=dropout), device="cuda", micro_batch=5)
     engine.task.towers["t0"].register_forward_hook(lambda *call: seen.append(call[2].detach()))
     engine.step(batch_of(3))
     assert len(seen) == 6 and all(torch.equal(a, b) for a, b in zip(seen[:3], seen[3:]))

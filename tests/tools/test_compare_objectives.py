@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import statistics
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,15 +19,6 @@ from mvpretrain.evaluation.collect import Table
 
 ROOT = Path(__file__).parents[2]
 DIMS = {"fou": 76, "fac": 216, "kar": 64, "pix": 240, "zer": 47, "mor": 6}
-TOOLS = ("compare_objectives", "objectives_run", "objectives_report", "make_mfeat", "make_cifar10", "make_digits")
-
-
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    yield importlib.import_module
-    for name in TOOLS:
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture
@@ -40,6 +29,12 @@ def compare(tool: Any) -> ModuleType:
 @pytest.fixture
 def runs(tool: Any) -> ModuleType:
     return tool("objectives_run")
+
+
+@pytest.fixture
+def shared(tool: Any) -> ModuleType:
+    """What the experiments have alike."""
+    return tool("experiment")
 
 
 @pytest.fixture
@@ -59,18 +54,18 @@ def digits(folder: Path, count: int = 100) -> None:
 
 
 def test_a_run_is_measured_once_and_the_command_goes_on(
-    compare: ModuleType, runs: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    compare: ModuleType, shared: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     digits(tmp_path / "sources/mfeat")
     out = tmp_path / "out"
     given = ["--out", str(out), "--sources", str(tmp_path / "sources"), "--steps", "3", "--seeds", "1"]
     given += ["--data", "mfeat", "avmnist", "--objectives", "infonce", "untrained"]
     (out / "results").mkdir(parents=True)
-    assert compare.prepare("mfeat", out, tmp_path / "sources")
+    assert shared.prepare("mfeat", compare.EXPERIMENT.data["mfeat"], out, tmp_path / "sources")
     # The first in this process, where its parts can be looked at; the command starts the other in one of its own.
-    case, shared = runs.Case("mfeat", "infonce", 0), runs.Options(out, 3, 1)
-    assert runs.finished(case, shared) is None
-    runs.run(case, shared)
+    case, options = shared.Case("mfeat", "infonce", 0), shared.Options(out, 3, 1)
+    assert compare.EXPERIMENT.finished(case, options) is None
+    compare.EXPERIMENT.run(case, options)
     before = (out / "results/mfeat-infonce-0.json").stat().st_mtime_ns
     assert compare.main(given) == 0
     assert (out / "results/mfeat-infonce-0.json").stat().st_mtime_ns == before
@@ -90,13 +85,13 @@ def test_a_run_is_measured_once_and_the_command_goes_on(
     assert "## mfeat" in table and "| infonce | temperature {init: 0.07} |" in table
     assert (out / "comparison.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match=r"steps=3.*not.*steps=4.*--out"):
-        runs.finished(case, shared._replace(steps=4))
+        compare.EXPERIMENT.finished(case, options._replace(steps=4))
 
 
 def test_a_run_that_fails_is_said(
     compare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(compare.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     (tmp_path / "data/mfeat").mkdir(parents=True)
     assert compare.main(["--out", str(tmp_path), "--data", "mfeat", "--objectives", "infonce", "--seeds", "2"]) == 1
     said = capsys.readouterr().out
@@ -104,22 +99,27 @@ def test_a_run_that_fails_is_said(
     assert not (tmp_path / "comparison.md").exists()
 
 
-def test_every_objective_fits_every_data_set(runs: ModuleType, tmp_path: Path) -> None:
+def test_every_objective_fits_every_data_set(
+    compare: ModuleType, runs: ModuleType, shared: ModuleType, tmp_path: Path
+) -> None:
     for data, chosen in runs.DATA.items():
         for name in runs.OBJECTIVES:
             if name in chosen.without:
                 continue
-            recipe = runs.recipe_of(runs.Case(data, name, 2), runs.Options(tmp_path, None, 1))
+            recipe = compare.EXPERIMENT.recipe(shared.Case(data, name, 2), shared.Options(tmp_path, None, 1))
             assert (recipe.seed, recipe.steps, recipe.epochs) == (2, chosen.steps, None)
             assert set(chosen.probed) <= set(recipe.views)
             assert runs.OBJECTIVES[name] is None or recipe.objective.kind == runs.OBJECTIVES[name]["kind"]
     assert {o["kind"] for o in runs.OBJECTIVES.values() if o} <= set(objectives.door.kinds())
     views = {"mfeat": 6, "avmnist": 3, "cifar10": 4}
     for data, k in views.items():
-        assert len(runs.recipe_of(runs.Case(data, "m3g", 0), runs.Options(tmp_path, None, 1)).views) == k
+        recipe = compare.EXPERIMENT.recipe(shared.Case(data, "m3g", 0), shared.Options(tmp_path, None, 1))
+        assert len(recipe.views) == k
 
 
-def test_augmentations_of_an_image_differ_where_they_are_asked_for(tool: Any, runs: ModuleType, tmp_path: Path) -> None:
+def test_augmentations_of_an_image_differ_where_they_are_asked_for(
+    tool: Any, compare: ModuleType, shared: ModuleType, runs: ModuleType, tmp_path: Path
+) -> None:
     random = np.random.default_rng(0)
     for split in ("train", "test"):
         for name in ("cat", "dog"):
@@ -128,7 +128,7 @@ def test_augmentations_of_an_image_differ_where_they_are_asked_for(tool: Any, ru
             for i in range(3):
                 Image.fromarray(random.integers(0, 256, (32, 32, 3), np.uint8)).save(place / f"{i}.png")
     tool("make_cifar10").main([str(tmp_path / "images"), str(tmp_path / "data/cifar10")])
-    recipe = runs.recipe_of(runs.Case("cifar10", "infonce", 0), runs.Options(tmp_path, None, 1))
+    recipe = compare.EXPERIMENT.recipe(shared.Case("cifar10", "infonce", 0), shared.Options(tmp_path, None, 1))
     for augmented in (True, False):
         (batch,) = runs.stream(recipe, "eval", ["a", "d"], augmented).whole(6)
         assert list(batch.views) == ["a", "d"] and batch.views["a"].data.shape[1:] == (3, 16, 16)
