@@ -50,6 +50,8 @@ class Zero:
                 f"ZeRO-{self.model.zero_optimization_stage()} on {dist.get_world_size()}"
             )
         self.optimizer = cast(torch.optim.Optimizer, prepared)
+        if self.stage == 3:
+            _register_projections(task)
         if config.micro_batch:
             self._prepare_for_passes()
 
@@ -146,6 +148,19 @@ class Zero:
             state = self.task.state_dict(keep_vars=True).keys()  # some buffers are no part of it
             found.update((k, v.detach().cpu().clone()) for k, v in self.task.named_buffers() if k in state)
         return found
+
+
+def _register_projections(task: Task) -> None:
+    """torch's attention reads the weights of its last projection without calling it, so that ZeRO-3 gathers them too.
+
+    Within the engine's own forward DeepSpeed finds that out; evaluation and the first of two passes are without it.
+    """
+    import deepspeed
+
+    for module in task.modules():
+        if isinstance(module, torch.nn.MultiheadAttention):
+            for parameter in module.out_proj.parameters():
+                deepspeed.zero.register_external_parameter(module, parameter)
 
 
 def _fit_for_zero(task: Task) -> None:

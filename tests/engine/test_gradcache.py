@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mvpretrain.engine import gradcache
 from mvpretrain.recipe import EngineConfig
 from mvpretrain.tower import HeadConfig
-from mvpretrain.types import Embeddings, Losses
+from mvpretrain.types import Embeddings, Losses, View
 from tests.engine.small import DIM, ROWS, batch_of, engine_of, optimizer_of, rows_of, task_of
 from tests.engine.test_gradients import CLIP, TOWERS, descended, errors
 
@@ -78,6 +78,25 @@ def test_towers_that_are_frozen_or_recomputed(ranks, kind, tolerance, name):
     found = ranks(2).run(descended, kind, 3, 2, TOWERS[name], batch, {"micro_batch": 2})[0]
     off = errors(found, 3, 2, plain, batch)
     assert max(off.values()) < tolerance, off
+
+
+class Attending(nn.Module):
+    """An encoder with torch's attention, which reads the weights of its last projection without calling it."""
+
+    def __init__(self, width: int, **_: int) -> None:
+        super().__init__()
+        self.dim, self.lift, self.attention = width, nn.Linear(1, width), nn.MultiheadAttention(width, 2)
+
+    def forward(self, view: View) -> Tensor:
+        x = self.lift(view.data.T[:, :, None])
+        return self.attention(x, x, x, need_weights=False)[0].mean(dim=0)
+
+
+def test_attention_of_torch_under_zero_3(ranks):
+    batch, changes = batch_of(3), {"encoder": {"kind": "tests.engine.test_gradcache:Attending"}}
+    found = ranks(2).run(descended, "zero3", 3, 2, changes, batch, {"micro_batch": 2})[0]
+    off = errors(found, 3, 2, changes, batch)
+    assert max(off.values()) < 2e-5 and any("out_proj" in name for name in off), off
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("ddp", 1e-10), ("zero2", 1e-5), ("zero3", 1e-5)])
