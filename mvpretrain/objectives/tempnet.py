@@ -21,7 +21,8 @@ from mvpretrain.types import Embeddings, Losses
 class TempNetConfig(AveragedConfig):
     """The robust contrastive loss of isogclr at temperatures predicted from the anchor: nothing is kept by sample.
 
-    Temperatures are in [min, max]; the network of each view has so many `prototypes`. `gamma` of 1 takes the batch's
+    Temperatures are in [min, max]; the network of each view has so many `prototypes`, compared by a softmax whose own
+    temperature starts at `sharpness`. `gamma` of 1 takes the batch's
     own negatives; below 1, the moving averages of sogclr are kept by id (the authors' code has 0.8). `dim` is the width
     of the embeddings, which a recipe fills in.
     """
@@ -32,6 +33,7 @@ class TempNetConfig(AveragedConfig):
     max: float = Field(default=0.05, gt=0, allow_inf_nan=False)
     rho: float = Field(default=7.0, ge=0, allow_inf_nan=False)
     prototypes: int = Field(default=256, ge=1)
+    sharpness: float = Field(default=0.01, gt=0, allow_inf_nan=False)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     gamma: Gamma = Gamma(value=1.0)
 
@@ -92,7 +94,7 @@ class Predictor(nn.Module):
         self.config = config
         self.project = nn.Linear(dim, dim)
         self.prototypes = nn.Parameter(torch.randn(config.prototypes, dim))
-        self.log_sharpness = nn.Parameter(torch.full((1,), math.log(0.01)))
+        self.log_sharpness = nn.Parameter(torch.full((1,), math.log(config.sharpness)))
         self.read_out = nn.Linear(config.prototypes, 1)
 
     def forward(self, z: Float[Tensor, "b d"]) -> Float[Tensor, " b"]:
