@@ -44,6 +44,8 @@ class TempNetConfig(AveragedConfig):
         return self
 
     def for_dim(self, dim: int) -> TempNetConfig:
+        if self.dim not in (None, dim):
+            raise ValueError(f"objective.dim is {self.dim}, and embeddings have dim={dim}; remove objective.dim")
         return self.model_copy(update={"dim": dim})
 
     def build(self, views: Sequence[str], exchange: Exchange) -> TempNet:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from mvpretrain import objectives
 from tests.objectives.averaged import Slow, assert_gradients, batches
 from tests.objectives.checks import (
     assert_gradient_is_that_of_finite_differences,
@@ -78,7 +79,7 @@ def test_nothing_is_kept_with_gamma_1():
 def test_the_gradient_is_that_of_finite_differences():
     """Of the rows by way of the loss alone: the networks see them through a stop-gradient."""
     torch.manual_seed(0)
-    objective: Any = build(SMALL | {"dim": 2}, 2)
+    objective: Any = build(SMALL | {"dim": 2}, 2, dim=2)
     for network in objective.networks:  # at a constant temperature, rows have no other way
         network.read_out.weight.data.zero_()
         network.requires_grad_(False)
@@ -99,8 +100,13 @@ def test_dropout_is_for_training():
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"), [({"dim": None}, "objective.dim is missing"), ({"max": 0.1}, "min < max")]
+    ("settings", "words"), [({"dim": 5}, "objective.dim is 5, and embeddings have dim=8"), ({"max": 0.1}, "min < max")]
 )
 def test_settings_that_make_no_sense_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         build(SMALL | settings, 2)
+
+
+def test_a_width_that_nobody_tells_is_asked_for():
+    with pytest.raises(ValueError, match=r"objective\.dim is missing"):
+        objectives.build(SMALL | {"dim": None}, ["a", "b"])
