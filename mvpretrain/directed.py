@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mvpretrain.exchange import Exchange, refuse_other_ranks
+from mvpretrain.exchange import Exchange, own_rows, refuse_other_ranks
 from mvpretrain.numerics import products
 from mvpretrain.numerics.averages import Groups, count_by_key
 from mvpretrain.numerics.products import Which
@@ -47,8 +47,7 @@ class _Job(NamedTuple):
 
     @property
     def own(self) -> slice:
-        b = len(self.local.ids)
-        return slice(self.exchange.rank * b, (self.exchange.rank + 1) * b)
+        return own_rows(self.local, self.exchange)
 
     @property
     def whole(self) -> slice:

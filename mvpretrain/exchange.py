@@ -164,6 +164,12 @@ def share(
     )
 
 
+def own_rows(local: Embeddings, exchange: Exchange) -> slice:
+    """Where the rows of this rank's table are in everyone's."""
+    b = len(local.ids)
+    return slice(exchange.rank * b, (exchange.rank + 1) * b)
+
+
 def refuse_other_ranks(local: Embeddings, every: Embeddings, exchange: Exchange) -> None:
     """ValueError where two tables are not this rank's and everyone's of these ranks."""
     if len(every.ids) != exchange.size * len(local.ids):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mvpretrain import sharded
 from mvpretrain.config import Config
 from mvpretrain.directed import Gradient, Way, directed
-from mvpretrain.exchange import Exchange
+from mvpretrain.exchange import Exchange, own_rows
 from mvpretrain.numerics.averages import Groups, log_mean_within, mean_within
 from mvpretrain.numerics.tiles import together
 from mvpretrain.types import Embeddings, Losses
@@ -122,13 +122,9 @@ class MovingAverages(nn.Module):
         there = ~fields[0].isnan().all(dim=1)  # the others begin with a number, whether an id is an anchor or not
         self.store.write(every.ids[there], rows[there])
 
-    def own(self, local: Embeddings) -> slice:
-        b = len(local.ids)
-        return slice(self.exchange.rank * b, (self.exchange.rank + 1) * b)
-
     def by_way(self, kept: Float[Tensor, "n s"], local: Embeddings) -> list[Float[Tensor, " b"]]:
         """The local rows of what is kept by slot, for each way."""
-        return [kept[self.own(local), slot] for slot in self.slot]
+        return [kept[own_rows(local, self.exchange), slot] for slot in self.slot]
 
     def measure(
         self,
@@ -159,7 +155,7 @@ class MovingAverages(nn.Module):
         below = self._below(log_u)
         inner = (every_log_g - below).exp() * every_slope
         slope = [mean_within(groups, (below - inner)[:, m], valid[:, m]) for m in members]
-        at, here = self.own(local), len(local.ids) / len(every.ids)
+        at, here = own_rows(local, self.exchange), len(local.ids) / len(every.ids)
         anchors = []
         for w, s in enumerate(shown):
             weight = (s.log_g.detach() - below[at, w]).exp()

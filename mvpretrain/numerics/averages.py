@@ -62,6 +62,14 @@ def log_mean_within(groups: Groups, logs: Float[Tensor, "n m"], valid: Bool[Tens
     return mean_within(groups, (logs - safe[:, None]).exp(), valid).log() + safe
 
 
+def classes(ids: Int[Tensor, " n"], labels: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """Each row's class: the label that a row of its id has, or else (-1) a number of the id's own."""
+    groups = Groups.by(ids)
+    label = labels.new_full((groups.number,), -1).scatter_reduce(0, groups.of, labels, "amax")
+    own = labels.amax().clamp_min(-1) + 1 + torch.arange(groups.number, device=ids.device)
+    return torch.where(label >= 0, label, own)[groups.of]
+
+
 def mean_of_others(
     rows: dict[str, Float[Tensor, "n d"]], present: dict[str, Bool[Tensor, " n"]]
 ) -> tuple[dict[str, Float[Tensor, "n d"]], dict[str, Bool[Tensor, " n"]]]:

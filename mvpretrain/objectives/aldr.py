@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mvpretrain.directed import Found, Gradient, directed
-from mvpretrain.exchange import Exchange
+from mvpretrain.exchange import Exchange, own_rows
 from mvpretrain.moving import temperature_parts
 from mvpretrain.numerics.averages import Groups, mean_within
 from mvpretrain.objectives import ObjectiveConfig, pairs_of
@@ -76,12 +76,11 @@ class ALDR(nn.Module):
         like = next(iter(local.z.values())).detach()
         old = self.store.read(every.ids, like.to(torch.promote_types(like.dtype, torch.float32)))
         old = old.nan_to_num(nan=self.config.temperature)
-        b = len(local.ids)
-        own = slice(self.exchange.rank * b, (self.exchange.rank + 1) * b)
+        own = own_rows(local, self.exchange)
         new, counts = self.sharpened(local, every, old, own)
         temperatures = new[own].T.contiguous()
         found = directed(local, every, self.ways, 1 / temperatures, self.exchange, True, self.config.gradient)
-        here = b / len(every.ids)
+        here = len(local.ids) / len(every.ids)
         values, hits = [], []
         for w, f in enumerate(found):
             rows, number = counts[own, w], counts[:, w].sum().clamp_min(1) * here

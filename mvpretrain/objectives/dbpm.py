@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import BeforeValidator, Field, SerializeAsAny, WithJsonSchema
 from torch import Tensor, nn
 
-from mvpretrain.exchange import Exchange
+from mvpretrain.exchange import Exchange, own_rows
 from mvpretrain.numerics.averages import Groups, mean_within
 from mvpretrain.objectives import ObjectiveConfig, door
 from mvpretrain.sharded import Sharded
@@ -93,9 +93,7 @@ class DBPM(nn.Module):
     def forward(self, local: Embeddings, every: Embeddings) -> Losses:
         like = next(iter(local.z.values())).detach()
         kept = self.store.read(every.ids, like.to(torch.promote_types(like.dtype, torch.float32)))
-        b = len(local.ids)
-        begin = self.exchange.rank * b
-        self.history, self.told = kept[begin : begin + b].view(b, 2, -1)[:, 1], {}
+        self.history, self.told = kept[own_rows(local, self.exchange)].view(len(local.ids), 2, -1)[:, 1], {}
         losses = self.objective(local, every)
         told = torch.stack([self.told[way] for way in self.ways], dim=2)  # b 4 w
         every_loss, counts, bad, weights = self.exchange.gather(told).unbind(1)

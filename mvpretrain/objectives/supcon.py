@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mvpretrain.exchange import Exchange
-from mvpretrain.numerics.averages import count_by_key, sum_by_key
+from mvpretrain.exchange import Exchange, own_rows
+from mvpretrain.numerics.averages import classes, count_by_key, sum_by_key
 from mvpretrain.numerics.tiles import together
 from mvpretrain.objectives import ObjectiveConfig, Temperature
 from mvpretrain.similarity import all_pairs
@@ -62,7 +62,8 @@ class SupCon(nn.Module):
         temperature = self.config.temperature.bounded(self.log_temperature)
         scale, here = 1 / temperature, len(local.ids) / len(every.ids)
         denominators = self.denominators(local, every, scale)
-        class_of_row, class_of_any = classes(local, every)
+        class_of_any = classes(every.ids, every.labels)
+        class_of_row = class_of_any[own_rows(local, self.exchange)]
         points = torch.stack([held(every, v) for v in self.views]).sum(dim=0)
         sums = sum_by_key(class_of_any, points, class_of_row)
         parts: dict[str, Tensor] = {}
@@ -99,12 +100,3 @@ class SupCon(nn.Module):
 def held(table: Embeddings, v: str) -> Float[Tensor, "n d"]:
     """A view's rows; zeros where it is missing."""
     return table.z[v] * table.present[v].to(table.z[v].dtype)[:, None]
-
-
-def classes(local: Embeddings, every: Embeddings) -> tuple[Int[Tensor, " b"], Int[Tensor, " n"]]:
-    """The classes of local rows and of every row: the label that a row of the id has, or else a number of its own."""
-    unique, group = every.ids.unique(return_inverse=True)
-    label = every.labels.new_full((len(unique),), -1).scatter_reduce(0, group, every.labels, "amax")
-    own = every.labels.amax().clamp_min(-1) + 1 + torch.arange(len(unique), device=unique.device)
-    found = torch.where(label >= 0, label, own)
-    return found[torch.searchsorted(unique, local.ids)], found[group]
