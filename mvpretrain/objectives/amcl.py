@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,14 +28,14 @@ class AMCLConfig(ObjectiveConfig):
     `heads`: projections of one make that share `dim` equally. `base`: the loss that is extended; `simclr` leaves the
     positive out of the candidates, `infonce` has it among them, `simsiam` and `barlow` have no negatives. `pairs` are
     as in infonce. `kappa`: how many of the hardest negatives count, by their mean. `beta`: the weight of the
-    temperatures' own term; 1 is a Gaussian likelihood. Temperatures lie in [`eta_low`, `eta_up`], fixed where these are
-    equal. `width`: of the hidden layers of the temperature network and of SimSiam's predictors. `detach`: rows go into
-    the temperature network without gradient. `off_diagonal`: Barlow's lambda. `dim` is derived from the recipe's.
+    temperatures' own term; 1 is a Gaussian likelihood. Temperatures lie in [`eta_low`, `eta_up`] (by default [0.5, 1.5]
+    for `barlow`), fixed where these are equal. `width`: of the hidden layers of the temperature network and of
+    SimSiam's predictors. `detach`: rows go into the temperature network without gradient. `off_diagonal`: Barlow's
+    lambda. `dim` is derived from the recipe's.
 
-    The paper searched kappa, beta and the bounds for each data set. Its values are not known to us: the defaults are
-    ours, by a few short runs on small data. There, towers needed `head: {layers: 2, norm: batch}`: with layer norm the
-    hardest negatives, nearer than the positives at first, drew all rows together. So did the one hardest alone (kappa
-    1) on photographs, whatever the norm.
+    The paper searched kappa, beta and the bounds for each data set; its values are not known to us. The defaults are
+    ours, by short runs on small data. There, towers needed `head: {layers: 2, norm: batch}`: with layer norm the
+    hardest negatives drew all rows together, as the one hardest alone (kappa 1) did on photographs, whatever the norm.
     """
 
     kind: Literal["amcl"] = "amcl"
@@ -50,6 +50,13 @@ class AMCLConfig(ObjectiveConfig):
     detach: bool = True
     off_diagonal: float = Field(default=0.0051, ge=0, allow_inf_nan=False)
     dim: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bounds_of_barlow(cls, value: Any) -> Any:
+        # A correlation's best is its temperature: it must be able to reach 1.
+        own = {"eta_low": 0.5, "eta_up": 1.5}
+        return own | value if isinstance(value, dict) and value.get("base") == "barlow" else value
 
     @model_validator(mode="after")
     def _bounds(self) -> AMCLConfig:
@@ -125,11 +132,11 @@ class AMCL(nn.Module):
 
     Rows of equal ids are positives: their similarities, and the logits of their temperatures, are averaged, and
     `infonce` takes them for one candidate. An anchor counts where it has a positive in v and where v holds another id
-    (for `simsiam`, the former). Rows that are absent count nowhere.
+    (for `simsiam`, the former). Absent rows count nowhere. Parts are means over rows, so that ranks' may be averaged:
+    temperatures are therefore counted by quarters of their range, not by quantiles.
 
     Cost for b of n rows: 2 b n d multiplications a pair, for the search, which has no gradient. Memory: O(n d), b kappa
-    rows a direction, a tile. State: phi, and `simsiam`'s g. Parts are means over rows, so that ranks' may be averaged:
-    temperatures are therefore counted by quarters of their range, not by quantiles.
+    rows a direction, a tile. State: phi, and `simsiam`'s g.
     """
 
     def __init__(self, config: AMCLConfig, pairs: list[tuple[str, str]], width: int):
@@ -163,7 +170,8 @@ class AMCL(nn.Module):
         counts, all_counts = has_positive(local, every, u, v), has_positive(every, every, u, v)
         negative, losses = None, positive.cost(2 * self.config.beta, self.width)
         if not self.alone:
-            several = several_samples(every, v)
+            ids = every.ids[every.present[v]]
+            several = (ids != ids[:1]).any()  # else nothing is a negative
             counts, all_counts = counts & several, all_counts & several
             negative = self.negatives(h, code, local, every, u, v)
             losses = positive.cost(self.config.beta, self.width) - self.repelled(positive, negative)
@@ -289,9 +297,3 @@ class BarlowAMCL(nn.Module):
         # The pieces have the length 1 / sqrt(H); correlations expects unit rows.
         pieces = zip(*((x * self.config.heads**0.5).split(self.width, dim=1) for x in (a, b)))
         return torch.stack([correlations(x, y) for x, y in pieces])
-
-
-def several_samples(every: Embeddings, v: str) -> Bool[Tensor, ""]:
-    """Whether view v holds more than one sample."""
-    ids = every.ids[every.present[v]]
-    return (ids != ids[:1]).any()

@@ -216,7 +216,7 @@ def test_barlow_is_that_of_the_loop(heads, plain):
 @pytest.mark.parametrize("k", [2, 3])
 def test_gradient_is_that_of_finite_differences(base, k):
     heads = 1 if base == "barlow" else 2  # a head of one number has no other dimensions
-    objective = build(SMALL | {"base": base, "detach": False, "heads": heads, "dim": 2}, k)
+    objective = build(SMALL | {"base": base, "detach": False, "heads": heads, "dim": 2}, k, dim=2)
     assert_gradient_is_that_of_finite_differences(objective, k)
 
 
@@ -228,7 +228,7 @@ def test_ranks_are_one_process(ranks, k, more):
 
 def test_perfect_alignment_is_finite_and_counted():
     whole = orthonormal(3)
-    objective = build(SMALL | {"heads": 1, "dim": ROWS}, 3)
+    objective = build(SMALL | {"heads": 1, "dim": ROWS}, 3, dim=ROWS)
     losses = objective(whole, whole)
     assert_finite(losses, whole)
     wanted = {name for name in losses.parts if name.startswith("accuracy/")} | {"heads/usage/0"}
