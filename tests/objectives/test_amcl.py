@@ -208,7 +208,7 @@ def test_barlow_is_that_of_the_loop(heads, plain):
     objective = build(SMALL | {"base": "barlow", "heads": heads, "off_diagonal": 0.1}, 3)
     found = floats(objective(whole, whole))
     temperatures = {name: x for name, x in found.items() if name.startswith("temperature/")}
-    assert len(temperatures) == 2 * heads and all(0.1 <= x <= 1 for x in temperatures.values())
+    assert len(temperatures) == 2 * heads and all(0.5 <= x <= 1.5 for x in temperatures.values())
     assert {n: x for n, x in found.items() if n not in temperatures} == pytest.approx(barlow_loop(objective, whole))
 
 
