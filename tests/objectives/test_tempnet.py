@@ -17,7 +17,7 @@ from tests.objectives.checks import (
 
 SMALL = {"kind": "tempnet", "dim": 8, "prototypes": 6, "min": 0.1, "max": 0.9}
 # As sharp as it starts by default, the softmax has a gradient of rounding errors in its sharpness.
-REQUIRED = {"dim": 8, "prototypes": 16, "sharpness": 1.0}
+REQUIRED = {"prototypes": 16, "sharpness": 1.0}
 VARIANTS: list[dict[str, Any]] = [{"in_view": True, "gradient": "features", "gamma": {"value": 0.8}}]
 
 
