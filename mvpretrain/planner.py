@@ -26,6 +26,7 @@ from mvpretrain.types import Batch
 BUCKET = 500_000_000  # elements that DeepSpeed reduces at a time, and the size of its buffer
 BUCKETS = "DeepSpeed's bucket"
 LIVE = 1_000_000_000  # elements that ZeRO-3 keeps gathered
+COPIES = 2.5  # times the trained weights: what a CPU process holds besides under ZeRO-3, of messages, as measured
 ALLOCATOR = 160 * 2**20  # bytes of a process that glibc holds between live tensors and behind them, as measured
 
 
@@ -175,7 +176,7 @@ def held(model: Model, setting: Setting, state: Optimizer) -> tuple[dict[str, in
     stage, on_gpu, piece = setting.stage, setting.device.type == "cuda", model.trained // setting.ranks
     found = {
         "process": model.process,
-        "allocator": 0 if on_gpu else ALLOCATOR,
+        "allocator": 0 if on_gpu else ALLOCATOR + (int(COPIES * model.trained) if stage == 3 else 0),
         "weights": model.weights // setting.ranks if stage == 3 else model.weights,
         "batch": model.passes.item * (setting.at_a_time if on_gpu else setting.rows),
         "DDP's buckets": model.trained if setting.kind == "ddp" else 0,
