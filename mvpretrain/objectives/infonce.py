@@ -26,7 +26,7 @@ class InfoNCEConfig(ObjectiveConfig):
     the anchor's own view to its denominator: with two augmentations of one image this is SimCLR's NT-Xent. `table`:
     everyone's rows are gathered, or passed round a ring of ranks, which takes no memory that grows with the number of
     ranks; `auto` gathers up to 2 GiB. `gradient: scalars` sends numbers instead of gradients of rows between ranks, at
-    half as many multiplications again and the same result.
+    two and a half times the multiplications and the same result.
     """
 
     kind: Literal["infonce"] = "infonce"
