@@ -32,15 +32,15 @@ from mvpretrain.types import Embeddings, Losses
 class Gamma(Config):
     """How much a batch counts in the moving average: `value`, reached from 1 by half a cosine over `decay_steps` steps.
 
-    `gathered` holds it for so many steps at a time: those of an epoch, as FastCLIP has it.
+    `every` holds it for so many steps at a time: those of an epoch, as FastCLIP has it.
     """
 
     value: float = Field(default=0.8, gt=0, le=1)
     decay_steps: int = Field(default=0, ge=0)
-    gathered: int = Field(default=1, ge=1)
+    every: int = Field(default=1, ge=1)
 
     def at(self, step: int) -> float:
-        held = step // self.gathered * self.gathered
+        held = step // self.every * self.every
         if held >= self.decay_steps:
             return self.value
         return self.value + (1 - self.value) * (1 + math.cos(math.pi * held / self.decay_steps)) / 2

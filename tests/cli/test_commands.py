@@ -53,7 +53,7 @@ def program(
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(engine, "finish", sys.exit)  # the real one ends the process without pytest's leave
+    monkeypatch.setattr(engine, "shutdown", sys.exit)  # the real one ends the process without pytest's leave
     Path("r.yaml").write_text(RECIPE)
 
     def call(*arguments: str) -> Ended:
@@ -237,7 +237,7 @@ def test_dry_run_says_what_it_takes(program: Program) -> None:
 
 
 def test_bench(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mvpretrain.measure.SIDE", {"cpu": 64})
+    monkeypatch.setattr("mvpretrain.profiling.measure.SIDE", {"cpu": 64})
     ended = program("bench", "r.yaml", "--steps", "2", "--warmup", "1", "--json", "bench.json", "--profile", "traces")
     assert (ended.code, ended.err) == (0, "") and "samples/s: " in ended.out
     assert json.loads(Path("bench.json").read_text())["ranks"] == 1 and Path("traces/rank-0.json").is_file()

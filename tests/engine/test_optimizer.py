@@ -48,7 +48,7 @@ def test_matrices_decay_and_nothing_else():
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "decays"),
+    ("name", "shape", "expected"),
     [
         ("towers.a.encoder.proj.weight", (3, 3), True),
         ("towers.a.encoder.token_embedding.weight", (9, 3), True),  # open_clip's word table
@@ -63,8 +63,8 @@ def test_matrices_decay_and_nothing_else():
         ("towers.a.encoder.embeddings.position_embeddings.weight", (9, 3), False),  # transformers' BERT
     ],
 )
-def test_decay_by_the_names_that_libraries_use(name, shape, decays):
-    assert decays(name, nn.Parameter(torch.zeros(shape))) is decays
+def test_decay_by_the_names_that_libraries_use(name, shape, expected):
+    assert decays(name, nn.Parameter(torch.zeros(shape))) is expected
 
 
 def test_a_tower_has_its_own_rate_and_decay():

@@ -218,10 +218,10 @@ class Own(nn.Module):
 
 
 def test_foreign_views_and_encoders(tmp_path):
-    own = {"kind": "tests.test_exporting:Own", "scale": 3.0, "field": "npy"}
+    own = {"kind": "tests.export.test_write:Own", "scale": 3.0, "field": "npy"}
     changes = settings(tmp_path)
     views = {"own": own, "text": changes["views"]["text"]}
-    towers = {"own": {"encoder": {"kind": "tests.test_exporting:Own"}}, "text": changes["towers"]["text"]}
+    towers = {"own": {"encoder": {"kind": "tests.export.test_write:Own"}}, "text": changes["towers"]["text"]}
     run = make_run(tmp_path, views=views, towers=towers, evaluation={})
     exported = load(export_run(run, tmp_path / "out"), "own")
     raw = torch.randn(5, 2, 2)
@@ -254,7 +254,7 @@ class Absent:
         if name.split(".")[0] in blocked:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
-from mvpretrain.exported import load
+from mvpretrain.export.encoder import load
 rows = load(sys.argv[1], view="text").embed(["some", "words"])
 assert rows.shape == (2, 5)
 assert not blocked & {name.split(".")[0] for name in sys.modules}

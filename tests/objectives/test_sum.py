@@ -37,7 +37,7 @@ REQUIRED = {"terms": TWO}  # there is no sum without terms
 VARIANTS = [{"terms": MIXED}]
 
 
-class EmbeddingGradients:
+class Pull:
     """A user's own objective, and no module: mean distance of two views' rows."""
 
     def __init__(self, factor: float = 1.0):
@@ -87,8 +87,8 @@ def test_a_weight_of_zero_is_logged_and_trains_nothing():
 
 def test_parameters_of_terms_are_its_own_and_a_term_may_be_no_module():
     mine = {"kind": "tests.objectives.test_sum:Pull", "factor": 3.0}
-    gradients = {"objective": mine, "name": "pull", "views": ["view2", "view1"]}
-    objective = build(of(gradients, *MIXED), 3)
+    pull = {"objective": mine, "name": "pull", "views": ["view2", "view1"]}
+    objective = build(of(pull, *MIXED), 3)
     assert set(objective.state_dict()) == {"stateful.1.log_scale", "stateful.1.bias", "stateful.2.log_temperature"}
     whole = table(3, dtype=torch.float64)
     found = floats(objective(whole, whole))

@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=natural, default=5, help="steps to time; the median counts (5)")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        print("bench_fused.py measures on a GPU, and torch sees no CUDA device here.")
+        print("tools.bench.triton measures on a GPU, and torch sees no CUDA device here.")
         return 2
     probe = torch.empty(1, args.d, dtype=DTYPES[args.dtype], device="cuda")
     if not triton.usable(probe, probe):

@@ -17,7 +17,7 @@ def bench() -> Any:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
 def test_without_a_gpu_it_says_so(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--n", "64", "--d", "8", "--dtype", "float32"]) == 2
-    assert capsys.readouterr().out == "bench_fused.py measures on a GPU, and torch sees no CUDA device here.\n"
+    assert capsys.readouterr().out == "tools.bench.triton measures on a GPU, and torch sees no CUDA device here.\n"
 
 
 @pytest.mark.parametrize("wrong", [["--n", "0"], ["--dtype", "int8"], ["--pairs", "3"]], ids=" ".join)
