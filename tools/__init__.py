@@ -1,0 +1,1 @@
+"""Data, benchmarks and comparisons around the package; nothing here is installed with it."""

@@ -1,0 +1,1 @@
+"""What is held against what: two runs, two states of the package."""
