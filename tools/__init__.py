@@ -1,1 +1,0 @@
-"""Data, benchmarks and comparisons around the package; nothing here is installed with it."""

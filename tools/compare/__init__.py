@@ -1,1 +1,0 @@
-"""What is held against what: two runs, two states of the package."""

@@ -173,7 +173,7 @@ def main(cases: str, out: str, store: str) -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     if size > 1:
-        limit = timedelta(seconds=120)
+        limit = timedelta(minutes=10)
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=limit)
     collectives = find("ProcessGroup" if size > 1 else "SingleProcess")()
     kinds, found = sorted(find("registry").kinds()), {}
