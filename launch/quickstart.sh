@@ -15,7 +15,7 @@ if [ "$(nvidia-smi --list-gpus 2>/dev/null | wc -l)" -lt 2 ]; then
     export DS_ACCELERATOR=cpu # two processes share no GPU; said aloud, since DeepSpeed warns of what it finds out alone
 fi
 
-python tools/make_digits.py "$out/shards"
+python -m tools.data.digits "$out/shards"
 deepspeed --log_level error --num_accelerators 2 --module mvpretrain train recipes/digits.yaml run="$out/run" \
     data.train="$out/shards/train-*.tar" data.eval="$out/shards/test-*.tar" engine.ranks=2 engine.device=$device
 mvpretrain export "$out/run" "$out/export"

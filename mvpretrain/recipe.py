@@ -7,69 +7,29 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
+import torch
 import yaml
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, WithJsonSchema, model_validator
 
 from mvpretrain import encoders, objectives, views
 from mvpretrain.config import Config, sentences, unknown
-from mvpretrain.exchange import Exchange
+from mvpretrain.data.build import Split, build_stream
+from mvpretrain.data.loader import Stream, StreamConfig
+from mvpretrain.data.sources.shards import ShardsConfig
+from mvpretrain.data.sources.synthetic import SyntheticConfig
+from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.engine.optimizer import OptimizerConfig
+from mvpretrain.engine.schedule import ScheduleConfig
+from mvpretrain.engine.settings import EngineConfig
+from mvpretrain.evaluation._settings import EvaluationConfig
+from mvpretrain.loggers._settings import LogConfig
+from mvpretrain.model.task import Task
+from mvpretrain.model.teacher import TeacherConfig
+from mvpretrain.model.tower import TowerConfig
 from mvpretrain.objectives import ObjectiveConfig
-from mvpretrain.optim import OptimizerConfig, ScheduleConfig
-from mvpretrain.shards.stream import StreamConfig
-from mvpretrain.shards.synthetic import SyntheticConfig
-from mvpretrain.shards.tars import ShardsConfig
-from mvpretrain.task import Task
-from mvpretrain.teacher import TeacherConfig
-from mvpretrain.tower import TowerConfig
 from mvpretrain.views import ViewConfig
-
-
-class EngineConfig(Config):
-    """What runs the steps.
-
-    `kind`: `none` (one process), `ddp`, `zero0` to `zero3` (DeepSpeed), or `auto`: `none` for one process, else `ddp`.
-    `precision`: `auto` is bf16 on GPUs and fp32 on CPUs. `ranks`: the number of processes that must be there; a
-    launcher that silently starts fewer is then refused. `clip`: the largest gradient norm, null for none.
-
-    `micro_batch`: so many of a rank's rows are encoded at a time, whatever the batch (GradCache, Gao et al. 2021), at
-    the price of encoding all of them twice; null: all at once. Batch statistics are then those of a micro-batch.
-    `first_pass: bf16` encodes them the first time, for the embeddings alone, in lower precision.
-
-    `compile` runs the towers through torch.compile (a C++ compiler is needed on CPUs). `channels_last` lays out
-    convolutions' weights so that images are worked on pixel by pixel; DeepSpeed cannot hold such weights.
-    """
-
-    kind: Literal["auto", "none", "ddp", "zero0", "zero1", "zero2", "zero3"] = "auto"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    ranks: int | None = Field(default=None, ge=1)
-    clip: float | None = Field(default=1.0, gt=0)
-    micro_batch: int | None = Field(default=None, ge=1)
-    first_pass: Literal["same", "bf16"] = "same"
-    compile: bool = False
-    channels_last: bool = False
-    offload: bool = False
-    threads: int | None = Field(default=None, ge=1)
-    options: dict[str, Any] = {}  # merged into DeepSpeed's own configuration
-
-    @model_validator(mode="after")
-    def _cross_check(self) -> EngineConfig:
-        if self.first_pass != "same" and self.micro_batch is None:
-            raise ValueError(
-                f"first_pass={self.first_pass} is about the first of two passes, and without micro_batch there is one; "
-                "set micro_batch=ROWS, or first_pass=same"
-            )
-        return self
-
-
-class LogConfig(Config):
-    """Every so many steps a line to the console, log.jsonl and TensorBoard; `wandb` names a project."""
-
-    every: int = Field(default=10, ge=1)
-    tensorboard: bool = True
-    wandb: str | None = None
 
 
 class CheckpointConfig(Config):
@@ -83,18 +43,6 @@ class CheckpointConfig(Config):
     best: str = "retrieval/mean/R@1"
 
 
-class EvaluationConfig(Config):
-    """Retrieval and probes on `data.eval`, every so many steps (0: only at the end).
-
-    `by_label` names views whose pairs are scored by label: any sample of the query's class is a hit. `limit` caps the
-    samples. Probes are the business of `mvpretrain evaluate`, after the run.
-    """
-
-    every: int = Field(default=0, ge=0)
-    by_label: tuple[str, ...] = ()
-    limit: int | None = Field(default=None, ge=2)
-
-
 class Recipe(Config):
     """Everything that a run is; `resolved` in its folder and in its checkpoints."""
 
@@ -102,13 +50,15 @@ class Recipe(Config):
     data: Annotated[ShardsConfig | SyntheticConfig, Field(discriminator="kind")]
     views: dict[
         str,
-        Annotated[SerializeAsAny[ViewConfig], BeforeValidator(views.door.parse), WithJsonSchema({"door": "view"})],
+        Annotated[
+            SerializeAsAny[ViewConfig], BeforeValidator(views.registry.parse), WithJsonSchema({"registry": "view"})
+        ],
     ]
     towers: dict[str, TowerConfig]
     objective: Annotated[
         SerializeAsAny[ObjectiveConfig],
-        BeforeValidator(objectives.door.parse),
-        WithJsonSchema({"door": "objective"}),
+        BeforeValidator(objectives.registry.parse),
+        WithJsonSchema({"registry": "objective"}),
     ]
     teacher: TeacherConfig | None = None
     dim: int = Field(default=128, ge=1)
@@ -168,11 +118,16 @@ class Recipe(Config):
         """Optimiser steps of the run over an epoch of this many samples."""
         return self.steps or math.ceil((self.epochs or 0) * samples / self.batch)
 
-    def task(self, exchange: Exchange) -> Task:
+    def task(self, collectives: Collectives) -> Task:
         """The module that the engine wraps, freshly initialised from torch's generator."""
-        objective = self.objective.for_dim(self.dim).build(self.columns(), exchange)
+        objective = self.objective.for_dim(self.dim).build(self.columns(), collectives)
         heads = self.objective.projection_heads()
-        return Task(self.towers_of_views(), self.towers, self.dim, objective, exchange, heads, self.teacher)
+        return Task(self.towers_of_views(), self.towers, self.dim, objective, collectives, heads, self.teacher)
+
+    def stream(self, split: Split, rank: int = 0, size: int = 1) -> Stream | None:
+        """The batches of a split for one rank; None where the recipe names no `data.eval`."""
+        pin = self.engine.device != "cpu" and torch.cuda.is_available()
+        return build_stream(self.data, self.views, split, self.batch, self.seed, self.loader, rank, size, pin)
 
     def dump(self) -> str:
         """The resolved recipe as YAML that `load` reads back to an equal value."""
@@ -238,18 +193,22 @@ def _position(key: str, items: list[Any], text: str) -> int:
 
 def schema() -> dict[str, Any]:
     """JSON schema of a recipe, every view, encoder and objective kind included."""
-    # pydantic follows references while it writes a schema, so that those to the doors are put in afterwards.
+    # pydantic follows references while it writes a schema, so that those to the registries are put in afterwards.
     whole = _through_doors(json.dumps(Recipe.model_json_schema()))
     definitions = whole.setdefault("$defs", {})
-    for name, door in (("view", views.door), ("encoder", encoders.door), ("objective", objectives.door)):
-        for kind in door.kinds():
+    for name, registry in (
+        ("view", views.registry),
+        ("encoder", encoders.registry),
+        ("objective", objectives.registry),
+    ):
+        for kind in registry.kinds():
             # Kinds reuse names such as Augment; a place of its own keeps each one's definitions apart.
-            one = json.dumps(door.config(kind).model_json_schema())
+            one = json.dumps(registry.config(kind).model_json_schema())
             definitions[f"{name}-{kind}"] = _through_doors(one.replace("#/$defs/", f"#/$defs/{name}-{kind}/$defs/"))
-        definitions[name] = {"anyOf": [{"$ref": f"#/$defs/{name}-{kind}"} for kind in door.kinds()]}
+        definitions[name] = {"anyOf": [{"$ref": f"#/$defs/{name}-{kind}"} for kind in registry.kinds()]}
     return whole
 
 
 def _through_doors(text: str) -> dict[str, Any]:
-    """A schema as JSON text, what comes through a door being any of its kinds."""
-    return json.loads(re.sub(r'"door": "(\w+)"', r'"$ref": "#/$defs/\1"', text))
+    """A schema as JSON text, what comes through a registry being any of its kinds."""
+    return json.loads(re.sub(r'"registry": "(\w+)"', r'"$ref": "#/$defs/\1"', text))

@@ -1,4 +1,4 @@
-"""What travels between the parts: named tuples of tensors, and the two protocols that the doors build."""
+"""What travels between the parts: named tuples of tensors, and the two protocols that the registries build."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ class Objective(Protocol):
     """This rank's rows against the rows of every rank.
 
     Both tables have `present` masks; every rank's table has the same number of rows (short ones are padded with absent
-    rows), so that `len(every) / len(local)` is the number of parts. Returned is the mean over the local rows in units
-    of the global mean, or the whole batch's value: the average over ranks is then the value on one rank.
+    rows), so that `len(gathered) / len(local)` is the number of parts. Returned is the mean over the local rows in
+    units of the global mean, or the whole batch's value: the average over ranks is then the value on one rank.
     """
 
-    def __call__(self, local: Embeddings, every: Embeddings) -> Losses: ...
+    def __call__(self, local: Embeddings, gathered: Embeddings) -> Losses: ...
 
 
 @runtime_checkable

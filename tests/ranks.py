@@ -14,7 +14,16 @@ from collections.abc import Callable, Sequence
 from multiprocessing import connection, get_context
 from typing import Any
 
-CHECKED = ("mvpretrain.numerics", "mvpretrain.objectives", "mvpretrain.exchange", "mvpretrain.task", "mvpretrain.tower")
+CHECKED = (
+    "mvpretrain.similarity",
+    "mvpretrain.transport",
+    "mvpretrain.model",
+    "mvpretrain.objectives",
+    "mvpretrain.distributed.collectives",
+    "mvpretrain.distributed.gather",
+    "mvpretrain.distributed.sample_state",
+    "mvpretrain.distributed.id_table",
+)
 GRACE = 2.0  # seconds that ranks have to answer once another one has failed: they may wait for it in a collective
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from mvpretrain import recipe
-from mvpretrain.exchange import Alone
+from mvpretrain.distributed.collectives import SingleProcess
 from mvpretrain.recipe import Recipe
 from mvpretrain.shards.pack import write
 
@@ -52,7 +52,7 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
 def trained(parsed: Recipe, step: int) -> dict[str, torch.Tensor]:
     """Weights and statistics that no fresh module has."""
     torch.manual_seed(step)
-    task = parsed.task(Alone())
+    task = parsed.task(SingleProcess())
     for name, value in task.state_dict().items():
         if value.is_floating_point():
             value.copy_(torch.rand_like(value) + 0.5 if "var" in name else 0.5 * torch.randn_like(value))

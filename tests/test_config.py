@@ -1,4 +1,4 @@
-"""Settings refuse what they do not know, and doors find, refuse or load kinds."""
+"""Settings refuse what they do not know, and registries find, refuse or load kinds."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import pytest
 from pydantic import ValidationError
 
 from mvpretrain import objectives
-from mvpretrain.config import Config, Kind, call_foreign, import_path, sentences, unknown
-from mvpretrain.exchange import Exchange
-from mvpretrain.objectives import ForeignObjective, ObjectiveConfig, door
+from mvpretrain.config import Config, sentences, unknown
+from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.objectives import ExternalObjective, ObjectiveConfig, registry
 from mvpretrain.objectives.infonce import InfoNCE, InfoNCEConfig, Temperature
+from mvpretrain.registry import Kind, build_external, import_path
 from mvpretrain.types import Embeddings, Losses
 
 
@@ -26,12 +27,12 @@ class Outer(Config):
 
 
 class Plain:
-    """A user's own class; it asks for the views and not for the exchange."""
+    """A user's own class; it asks for the views and not for the collectives."""
 
     def __init__(self, views: Sequence[str], margin: float = 1.0):
         self.views, self.margin = views, margin
 
-    def __call__(self, local: Embeddings, every: Embeddings) -> Losses:
+    def __call__(self, local: Embeddings, gathered: Embeddings) -> Losses:
         raise NotImplementedError
 
 
@@ -41,7 +42,7 @@ class Mine(ObjectiveConfig):
     kind: str = "tests.test_config:Mine"
     margin: float = 0.2
 
-    def build(self, views: Sequence[str], exchange: Exchange) -> Plain:
+    def build(self, views: Sequence[str], collectives: Collectives) -> Plain:
         return Plain(views, self.margin)
 
 
@@ -80,11 +81,11 @@ def test_unknown_offers_only_what_is_near():
 
 
 def test_door_lists_its_files_and_builds_them():
-    assert "infonce" in door.kinds() and door.kinds() == sorted(door.kinds())
-    assert door.config("infonce") is InfoNCEConfig
-    parsed = door.parse({"kind": "infonce", "temperature": {"init": 0.5}})
+    assert "infonce" in registry.kinds() and registry.kinds() == sorted(registry.kinds())
+    assert registry.config("infonce") is InfoNCEConfig
+    parsed = registry.parse({"kind": "infonce", "temperature": {"init": 0.5}})
     assert isinstance(parsed, InfoNCEConfig) and parsed.temperature == Temperature(init=0.5)
-    assert door.parse(parsed) is parsed
+    assert registry.parse(parsed) is parsed
     assert isinstance(objectives.build({"kind": "infonce"}, ["a", "b"]), InfoNCE)
 
 
@@ -101,30 +102,30 @@ def test_door_lists_its_files_and_builds_them():
 ])  # fmt: skip
 def test_door_refuses(value, message):
     with pytest.raises(ValueError, match=message):
-        door.parse(value)
+        registry.parse(value)
 
 
 def test_a_users_settings_class_by_path():
-    parsed = door.parse({"kind": "tests.test_config:Mine", "margin": 0.7})
+    parsed = registry.parse({"kind": "tests.test_config:Mine", "margin": 0.7})
     built = objectives.build(parsed, ("a", "b"))
     assert isinstance(parsed, Mine) and isinstance(built, Plain) and (built.margin, built.views) == (0.7, ("a", "b"))
     with pytest.raises(ValueError, match=r"unknown key 'margn'; did you mean 'margin'\?"):
-        door.parse({"kind": "tests.test_config:Mine", "margn": 0.7})
+        registry.parse({"kind": "tests.test_config:Mine", "margn": 0.7})
 
 
 def test_a_users_own_class_by_path():
-    parsed = door.parse({"kind": "tests.test_config:Plain", "margin": 0.7})
-    assert isinstance(parsed, ForeignObjective)
+    parsed = registry.parse({"kind": "tests.test_config:Plain", "margin": 0.7})
+    assert isinstance(parsed, ExternalObjective)
     built = objectives.build(parsed, ("a", "b"))
     assert isinstance(built, Plain) and built.margin == 0.7 and built.views == ("a", "b")
-    assert isinstance(call_foreign(ForeignObjective(kind="tests.test_config:Plain"), views=["c"]), Plain)
+    assert isinstance(build_external(ExternalObjective(kind="tests.test_config:Plain"), views=["c"]), Plain)
     assert import_path("tests.test_config:Plain", "objective") is Plain
 
 
 def test_every_kind_of_every_door_is_one_frozen_settings_class():
     from mvpretrain import encoders, views
 
-    for some in (objectives.door, encoders.door, views.door):
+    for some in (objectives.registry, encoders.registry, views.registry):
         for kind in some.kinds():
             config = some.config(kind)
             assert issubclass(config, Kind) and config.model_config.get("frozen"), config

@@ -10,33 +10,32 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 HOUSE = (
-    "types config",
-    "numerics exchange stopwatch shards views encoders blocks",
-    "similarity directed sharded teacher",
-    "moving",
-    "objectives tower",
-    "task",
-    "optim",
+    "types config files",
+    "registry",
+    "shards transport distributed",
+    "views encoders similarity",
+    "data",
+    "model objectives loggers",
+    "engine evaluation",
     "recipe",
-    "engine feed logbook",
-    "checkpoint evaluation exported measure",
-    "loop exporting embed planner",
-    "report preview bench",
+    "training",
+    "testing export profiling",
+    "report",
+    "finetune",
     "cli",
     "__main__",
 )
 FLOORS = {name: floor for floor, names in enumerate(HOUSE) for name in names.split()}
-SIDEWAYS = {("encoders", "blocks")}
-# The other folders' files know their door at most, and not one another.
-OPEN_INSIDE = {"numerics", "shards", "evaluation", "engine"}
+# Their files are kinds, which know their room's front and its files with a leading underscore, and not one another.
+REGISTRIES = ("views", "encoders", "objectives", "data.sources")
 ROOMS = {
-    "torch.distributed": ("mvpretrain.exchange", "mvpretrain.engine"),
+    "torch.distributed": ("mvpretrain.distributed", "mvpretrain.engine"),
     "accelerate": ("mvpretrain.engine",),
     "deepspeed": ("mvpretrain.engine",),
     "webdataset": ("mvpretrain.shards",),
 }
 BAD_NAMES = {"utils", "util", "common", "base", "factory", "legacy", "helpers", "misc"}
-LONGEST_FILE, LONGEST_FUNCTION, AIM = 300, 60, 35
+LONGEST_FILE, LONGEST_FUNCTION, AIM = 340, 60, 35
 
 
 def module_name(path: str) -> str:
@@ -70,11 +69,37 @@ def crossing(importer: str, target: str) -> str | None:
     if there[0] not in FLOORS:
         return "has no floor"
     if here[0] == there[0]:
-        allowed = here[0] in OPEN_INSIDE or len(there) == 1 < len(here)
-        return None if allowed else "files of one folder do not import one another, nor does the door import its kinds"
-    if (here[0], there[0]) in SIDEWAYS or FLOORS[there[0]] < FLOORS[here[0]]:
+        return between_kinds(".".join(here), ".".join(there))
+    if FLOORS[there[0]] < FLOORS[here[0]]:
         return None
     return f"floor {FLOORS[here[0]]} imports from floor {FLOORS[there[0]]}; imports point strictly downwards"
+
+
+def between_kinds(here: str, there: str) -> str | None:
+    """Why one file of a room may not import another file of it; circles are looked for apart."""
+    for room in REGISTRIES:
+        if there.startswith(f"{room}.") and not there.removeprefix(f"{room}.").startswith("_"):
+            if here == room:
+                return "a registry's front does not import its kinds"
+            if here.startswith(f"{room}."):
+                return "kinds of one folder do not import one another; what they share starts with an underscore"
+    return None
+
+
+def circles(arrows: dict[str, set[str]]) -> Iterator[str]:
+    """One sentence for each circle that a walk along the imports runs into."""
+    done: set[str] = set()
+
+    def walk(name: str, path: list[str]) -> Iterator[str]:
+        if name in path:
+            yield " imports ".join([*path[path.index(name) :], name])
+        elif name not in done:
+            for target in sorted(arrows.get(name, ())):
+                yield from walk(target, [*path, name])
+            done.add(name)
+
+    for name in sorted(arrows):
+        yield from walk(name, [])
 
 
 def misplaced(path: str, name: str) -> Iterator[str]:
@@ -137,6 +162,7 @@ def violations(source_by_path: dict[str, str]) -> list[str]:
     """What is wrong with a tree of sources, one sentence each; paths begin with `mvpretrain/`."""
     known = {module_name(p) for p in source_by_path}
     found: list[str] = []
+    arrows: dict[str, set[str]] = {}
     for path, source in sorted(source_by_path.items()):
         tree = ast.parse(source)
         found += misplaced(path, module_name(path))
@@ -144,6 +170,9 @@ def violations(source_by_path: dict[str, str]) -> list[str]:
         found += [f"{path}: {word} left" for word in ("TODO", "FIXME") if word in source]
         found += misrouted(path, tree, known)
         found += shapeless(path, tree)
+        arrows[module_name(path)] = {t for _, t in imported(tree, path, known) if t in known} - {module_name(path)}
+    arrows.pop("mvpretrain", None)
+    found += circles(arrows)
     return list(dict.fromkeys(found))
 
 
@@ -167,25 +196,25 @@ def test_most_functions_are_short():
 
 @pytest.mark.parametrize(("path", "source", "message"), [
     ("mvpretrain/types.py", "from mvpretrain.config import Config", "floor 0 imports from floor 0"),
-    ("mvpretrain/numerics/a.py", "from mvpretrain.exchange import Alone", "floor 1 imports from floor 1"),
-    ("mvpretrain/numerics/a.py", "def f():\n    import mvpretrain.task", "floor 1 imports from floor 5"),
-    ("mvpretrain/objectives/a.py", "from mvpretrain.objectives.b import B", "files of one folder"),
-    ("mvpretrain/objectives/a.py", "from mvpretrain.objectives import b", "files of one folder"),
-    ("mvpretrain/objectives/a.py", "from . import b", "files of one folder"),
-    ("mvpretrain/objectives/a.py", "from ..task import Task", "floor 4 imports from floor 5"),
-    ("mvpretrain/objectives/__init__.py", "from mvpretrain.objectives.b import B", "nor does the door"),
+    ("mvpretrain/transport/a.py", "from mvpretrain.distributed import pool", "floor 2 imports from floor 2"),
+    ("mvpretrain/similarity/a.py", "def f():\n    import mvpretrain.model.task", "floor 3 imports from floor 5"),
+    ("mvpretrain/objectives/a.py", "from mvpretrain.objectives.b import B", "kinds of one folder"),
+    ("mvpretrain/objectives/a.py", "from mvpretrain.objectives import b", "kinds of one folder"),
+    ("mvpretrain/objectives/a.py", "from . import b", "kinds of one folder"),
+    ("mvpretrain/objectives/a.py", "from ..model.task import Task", "floor 5 imports from floor 5"),
+    ("mvpretrain/objectives/__init__.py", "from mvpretrain.objectives.b import B", "a registry's front"),
     ("mvpretrain/objectives/a.py", "from mvpretrain import load_recipe", "the package's front"),
-    ("mvpretrain/blocks.py", "from mvpretrain.encoders import door", "floor 1 imports from floor 1"),
-    ("mvpretrain/task.py", "import torch.distributed as dist", "torch.distributed lives in"),
-    ("mvpretrain/task.py", "from torch import distributed", "torch.distributed lives in"),
-    ("mvpretrain/task.py", "from torch.distributed.nn import functional", "torch.distributed lives in"),
-    ("mvpretrain/task.py", "import torch\ntorch.distributed.barrier()", "torch.distributed lives in"),
-    ("mvpretrain/cli.py", "def f():\n    import deepspeed.comm", "deepspeed lives in mvpretrain.engine only"),
-    ("mvpretrain/cli.py", "from accelerate import Accelerator", "accelerate lives in mvpretrain.engine only"),
+    ("mvpretrain/encoders/_layers.py", "from mvpretrain.encoders.vit import ViT", "kinds of one folder"),
+    ("mvpretrain/model/task.py", "import torch.distributed as dist", "torch.distributed lives in"),
+    ("mvpretrain/model/task.py", "from torch import distributed", "torch.distributed lives in"),
+    ("mvpretrain/model/task.py", "from torch.distributed.nn import functional", "torch.distributed lives in"),
+    ("mvpretrain/model/task.py", "import torch\ntorch.distributed.barrier()", "torch.distributed lives in"),
+    ("mvpretrain/cli/a.py", "def f():\n    import deepspeed.comm", "deepspeed lives in mvpretrain.engine only"),
+    ("mvpretrain/cli/a.py", "from accelerate import Accelerator", "accelerate lives in mvpretrain.engine only"),
     ("mvpretrain/views/a.py", "import webdataset as wds", "webdataset lives in mvpretrain.shards only"),
     ("mvpretrain/attic.py", "", "give 'attic' a floor"),
     ("mvpretrain/views/utils.py", "", "'utils' says nothing"),
-    ("mvpretrain/views/a.py", "x = 1\n" * 301, "301 lines, the most is 300"),
+    ("mvpretrain/views/a.py", "x = 1\n" * 341, "341 lines, the most is 340"),
     ("mvpretrain/views/a.py", "def f():\n" + "    pass\n" * 60, "f has 61 lines, the most is 60"),
     ("mvpretrain/views/a.py", "from jaxtyping import Float\nx: Float[Tensor, b * d]", "a shape is a string"),
     ("mvpretrain/views/a.py", "# TODO: later", "TODO left"),
@@ -195,12 +224,18 @@ def test_cracks_are_seen(path, source, message):
     assert len(found) == 1 and message in found[0], found
 
 
+def test_circles_are_seen():
+    one, two = "from mvpretrain.engine.b import x", "def f():\n    from mvpretrain.engine import a"
+    found = violations({"mvpretrain/engine/a.py": one, "mvpretrain/engine/b.py": two})
+    assert found == ["mvpretrain.engine.a imports mvpretrain.engine.b imports mvpretrain.engine.a"]
+
+
 def test_sound_sources_pass():
     assert not violations({
         "mvpretrain/__init__.py": "from mvpretrain.recipe import load_recipe",
-        "mvpretrain/objectives/a.py": "from mvpretrain.objectives import Kind\nfrom mvpretrain.numerics import tiles",
-        "mvpretrain/encoders/conv.py": "from mvpretrain.blocks import norm",
+        "mvpretrain/objectives/a.py": "from mvpretrain.objectives import Kind\nfrom mvpretrain.similarity import a",
+        "mvpretrain/encoders/conv.py": "from mvpretrain.encoders import _layers",
         "mvpretrain/shards/stream.py": "import webdataset\nfrom mvpretrain.shards.index import Index",
-        "mvpretrain/engine.py": "import deepspeed\nfrom torch import distributed\nfrom mvpretrain.task import Task",
+        "mvpretrain/engine/a.py": "import deepspeed\nfrom torch import distributed\nfrom mvpretrain.model import a",
         "mvpretrain/recipe.py": "",
     })  # fmt: skip

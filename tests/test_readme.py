@@ -16,7 +16,7 @@ from typer.main import get_command
 
 import mvpretrain
 from mvpretrain import recipe
-from mvpretrain.cli import app
+from mvpretrain.cli.commands import app
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -64,7 +64,7 @@ def test_the_tree_names_what_is_there_and_nothing_else() -> None:
     top = {name.split("/")[0] + "/" * ("/" in name) for name in found}
     house = {name for name in found if name.startswith("mvpretrain/")}
     folders = {str(Path(name).parent) + "/" for name in house}
-    # A folder's own door is the folder.
+    # A folder's own registry is the folder.
     expected = top | folders | {name for name in house if not re.search(r"/\w+/__init__\.py$", name)}
     assert expected - named == set(), "not in the README's tree"
     missing = {name for name in named if not (ROOT / name).exists()}

@@ -80,22 +80,20 @@ def source(name: str) -> str:
 def learnt(name: str, folder: Path, arguments: list[str], *overrides: str) -> list[dict[str, float]]:
     """The log of a recipe's run on real data, whose shards tools/make_NAME.py has made from `arguments`."""
     data = [f"data.train={folder}/data/train-*.tar", f"data.eval={folder}/data/test-*.tar"]
-    importlib.import_module(f"make_{name}").main([*arguments, str(folder / "data")])
+    importlib.import_module(f"tools.data.{name}").main([*arguments, str(folder / "data")])
     settings = here(folder / "run", *data, "epochs=null", "schedule.warmup=2", *overrides)
     return log(mvpretrain.train(load(ROOT / f"recipes/{name}.yaml", settings)))
 
 
-def test_mfeat_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "tools")
+def test_mfeat_learns(tmp_path: Path) -> None:
     steps = learnt("mfeat", tmp_path, [source("mfeat")], "steps=12", "evaluation.limit=100")
     losses, found = [record["loss"] for record in steps if "loss" in record], steps[-1]
     assert losses[-1] < min(losses[0], math.log(128)) - 0.5, losses  # ln(batch) is the loss of knowing nothing
     assert found["retrieval/fac-kar/R@10"] > 5 * 10 * found["retrieval/fac-kar/chance"], found
 
 
-def test_avmnist_trains_on_all_its_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_avmnist_trains_on_all_its_views(tmp_path: Path) -> None:
     pytest.importorskip("soundfile", reason="sound is decoded by soundfile")
-    monkeypatch.syspath_prepend(ROOT / "tools")
     few = ["--train", "60", "--test", "20", source("mnist"), source("fsdd")]
     steps = learnt("avmnist", tmp_path, few, "steps=4", "batch=16")
     assert all(math.isfinite(record["loss"]) and record["skipped"] == 0 for record in steps[:-1]), steps

@@ -1,4 +1,4 @@
-"""The door to encoders: a `View` in, one vector a sample out. One file a kind."""
+"""The registry to encoders: a `View` in, one vector a sample out. One file a kind."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mvpretrain.config import Door, Foreign, Kind, call_foreign
+from mvpretrain.registry import External, Kind, Registry, build_external
 
 
 class EncoderConfig(Kind):
@@ -23,19 +23,19 @@ class EncoderConfig(Kind):
         return self
 
 
-class ForeignEncoder(EncoderConfig, Foreign):
+class ExternalEncoder(EncoderConfig, External):
     """A user's own module, `forward(view) -> b dim` with an attribute `dim`, by import path."""
 
     def build(self) -> nn.Module:
-        return call_foreign(self)
+        return build_external(self)
 
 
-door = Door("mvpretrain.encoders", EncoderConfig, ForeignEncoder, "encoder")
+registry = Registry("mvpretrain.encoders", EncoderConfig, ExternalEncoder, "encoder")
 
 
 def build(config: dict[str, Any] | EncoderConfig) -> nn.Module:
     """An encoder from settings as a recipe writes them. ValueError: unknown kind, key or model."""
-    return door.parse(config).build()
+    return registry.parse(config).build()
 
 
 def local_file(path: str, wanted_by: str) -> Path:

@@ -10,8 +10,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from mvpretrain import blocks
-from mvpretrain.encoders import EncoderConfig, check_items
+from mvpretrain.encoders import EncoderConfig, _layers, check_items
 from mvpretrain.types import View
 
 
@@ -60,7 +59,7 @@ class Conv(nn.Module):
         return reduce(relu(self.norm(x)).float(), "b c h w -> b c", "mean")
 
     def checkpoint_activations(self) -> None:
-        blocks.checkpoint_activations(self.blocks)
+        _layers.checkpoint_activations(self.blocks)
 
 
 class Residual(nn.Module):

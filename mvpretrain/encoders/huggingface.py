@@ -13,8 +13,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from mvpretrain import blocks
-from mvpretrain.encoders import EncoderConfig, check_items, local_file
+from mvpretrain.encoders import EncoderConfig, _layers, check_items, local_file
 from mvpretrain.types import View
 
 
@@ -70,15 +69,15 @@ class HuggingFace(nn.Module):
         self.pooling, self.input = config.pooling, config.input or self.model.main_input_name
         self.takes_mask = "attention_mask" in inspect.signature(self.model.forward).parameters
         self.dim = int(getattr(self.settings, "hidden_size", None) or self.settings.hidden_sizes[-1])
-        blocks.plain_parameters(self)
+        _layers.plain_parameters(self)
         self._freeze_unused()
 
     @property
     def blocks(self) -> list[nn.Module] | None:
-        return blocks.repeated(self.model)
+        return _layers.repeated(self.model)
 
     def forward(self, view: View) -> Float[Tensor, "b d"]:
-        data, mask = view.data, blocks.never_empty(view.mask) if self.takes_mask else None
+        data, mask = view.data, _layers.never_empty(view.mask) if self.takes_mask else None
         if self.input == "input_values" and data.ndim == 3 and data.shape[2] == 1:
             data = rearrange(data, "b n 1 -> b n")
         if data.is_floating_point():
@@ -93,11 +92,11 @@ class HuggingFace(nn.Module):
         hidden = out.last_hidden_state
         if hidden.ndim == 4:
             hidden = rearrange(hidden, "b c h w -> b (h w) c")
-        return hidden[:, 0].float() if self.pooling == "cls" else blocks.masked_mean(hidden, _fitted(mask, hidden))
+        return hidden[:, 0].float() if self.pooling == "cls" else _layers.masked_mean(hidden, _fitted(mask, hidden))
 
     def checkpoint_activations(self) -> None:
         # The library's own switch has changed its name between versions.
-        blocks.checkpoint_activations(self.blocks)
+        _layers.checkpoint_activations(self.blocks)
 
     def _check(self, data: Tensor) -> None:
         if (item := _item(self.settings, self.input)) is not None:
@@ -175,4 +174,4 @@ def _fitted(mask: Bool[Tensor, "b n"] | None, hidden: Float[Tensor, "b m d"]) ->
     if mask is None or mask.shape[1] == hidden.shape[1]:
         return mask
     nearest = interpolate(rearrange(mask.float(), "b n -> b 1 n"), size=hidden.shape[1])
-    return blocks.never_empty(rearrange(nearest > 0.5, "b 1 m -> b m"))
+    return _layers.never_empty(rearrange(nearest > 0.5, "b 1 m -> b m"))

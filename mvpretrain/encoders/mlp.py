@@ -10,8 +10,7 @@ from jaxtyping import Float
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from mvpretrain import blocks
-from mvpretrain.encoders import EncoderConfig, check_items
+from mvpretrain.encoders import EncoderConfig, _layers, check_items
 from mvpretrain.types import View
 
 
@@ -60,4 +59,4 @@ class MLP(nn.Module):
         return x if x.dtype == torch.float64 else x.float()
 
     def checkpoint_activations(self) -> None:
-        blocks.checkpoint_activations(self.blocks)
+        _layers.checkpoint_activations(self.blocks)

@@ -10,8 +10,7 @@ from jaxtyping import Float
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
-from mvpretrain import blocks
-from mvpretrain.encoders import EncoderConfig, check_items, local_file, unknown_model
+from mvpretrain.encoders import EncoderConfig, _layers, check_items, local_file, unknown_model
 from mvpretrain.types import View
 
 # open_clip builds both towers; the one that is not asked for is built as small as can be, and dropped.
@@ -77,7 +76,7 @@ class OpenCLIP(nn.Module):
             _load(whole, self.tower, config)
         if config.force_image_size and hasattr(self.tower, "set_input_size"):
             self.tower.set_input_size(config.force_image_size)
-        blocks.plain_parameters(self)
+        _layers.plain_parameters(self)
         if self._reads_class_token():
             # Nobody reads what the last block gives for the patches. Replaced in the instance, as for checkpointing.
             last = self.tower.transformer.resblocks[-1]
@@ -85,12 +84,12 @@ class OpenCLIP(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module] | None:
-        return blocks.repeated(self.tower)
+        return _layers.repeated(self.tower)
 
     def forward(self, view: View) -> Float[Tensor, "b d"]:
         if self.modality == "text":
             if view.data.ndim == 2 and view.data.shape[1] <= self.tower.context_length and self._looks_back():
-                return self._cut(blocks.without_padding(view).data)
+                return self._cut(_layers.without_padding(view).data)
             remedy = f"give the view tokenizer openclip:{self.name} and this length"
             check_items(view.data, (self.tower.context_length,), "openclip text", remedy)
             return self.tower(view.data).float()
@@ -127,7 +126,7 @@ class OpenCLIP(nn.Module):
         if hasattr(self.tower, "trunk"):
             self.tower.set_grad_checkpointing()
         else:  # open_clip's own switch does nothing for its ResNets, and fails on blocks with scale_heads and the like
-            blocks.checkpoint_activations(self.blocks)
+            _layers.checkpoint_activations(self.blocks)
 
 
 def class_token(block: Any, x: Float[Tensor, "b n d"], **_: None) -> Float[Tensor, "b 1 d"]:

@@ -9,8 +9,7 @@ from jaxtyping import Float
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from mvpretrain import blocks
-from mvpretrain.encoders import EncoderConfig, check_items
+from mvpretrain.encoders import EncoderConfig, _layers, check_items
 from mvpretrain.types import View
 
 
@@ -54,4 +53,4 @@ class ResNet(nn.Module):
         return self.model(view.data.to(self.model.conv1.weight.dtype)).float()
 
     def checkpoint_activations(self) -> None:
-        blocks.checkpoint_activations(self.blocks)
+        _layers.checkpoint_activations(self.blocks)

@@ -12,9 +12,8 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from mvpretrain import blocks
-from mvpretrain.blocks import Block
-from mvpretrain.encoders import EncoderConfig, check_items
+from mvpretrain.encoders import EncoderConfig, _layers, check_items
+from mvpretrain.encoders._layers import Block
 from mvpretrain.types import View
 
 
@@ -68,11 +67,11 @@ class Series(nn.Module):
     def forward(self, view: View) -> Float[Tensor, "b d"]:
         check_items(view.data, (None, self.channels), "series", "set its channels to those of the view")
         x, mask = self.stem(view.data.to(self.norm.weight.dtype), view.mask)
-        mask = blocks.never_empty(mask)
+        mask = _layers.never_empty(mask)
         x = x + sinusoids(x.shape[1], x.shape[2], x.device).to(x.dtype)
         for block in self.blocks:
             x = block(x, mask)
-        return blocks.masked_mean(self.norm(x), mask)
+        return _layers.masked_mean(self.norm(x), mask)
 
     def stem(
         self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None
@@ -86,7 +85,7 @@ class Series(nn.Module):
         return x, mask
 
     def checkpoint_activations(self) -> None:
-        blocks.checkpoint_activations(self.blocks)
+        _layers.checkpoint_activations(self.blocks)
 
 
 def _zeroed(x: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None) -> Float[Tensor, "b n d"]:

@@ -8,8 +8,7 @@ from jaxtyping import Float
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from mvpretrain import blocks
-from mvpretrain.encoders import EncoderConfig, check_items, local_file, unknown_model
+from mvpretrain.encoders import EncoderConfig, _layers, check_items, local_file, unknown_model
 from mvpretrain.types import View
 
 
@@ -62,11 +61,11 @@ class Timm(nn.Module):
         self.dim = int(getattr(self.model, "head_hidden_size", None) or self.model.num_features)
         if config.pretrained is not None:
             _load(self.model, config)
-        blocks.plain_parameters(self)
+        _layers.plain_parameters(self)
 
     @property
     def blocks(self) -> list[nn.Module] | None:
-        return blocks.repeated(self.model)
+        return _layers.repeated(self.model)
 
     def forward(self, view: View) -> Float[Tensor, "b d"]:
         check_items(view.data, self.item, "timm", "resize the view, or set the encoder's image_size and channels")

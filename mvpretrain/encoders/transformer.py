@@ -9,9 +9,8 @@ from jaxtyping import Float
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from mvpretrain import blocks
-from mvpretrain.blocks import Block
-from mvpretrain.encoders import EncoderConfig, check_items
+from mvpretrain.encoders import EncoderConfig, _layers, check_items
+from mvpretrain.encoders._layers import Block
 from mvpretrain.types import View
 
 
@@ -50,12 +49,12 @@ class Transformer(nn.Module):
         length, most = view.data.shape[1], len(self.positions)
         if length > most:
             raise ValueError(f"transformer encoder takes up to {most} tokens, got {length}; raise its length")
-        data, mask = blocks.without_padding(view)
-        mask = blocks.never_empty(mask)
+        data, mask = _layers.without_padding(view)
+        mask = _layers.never_empty(mask)
         x = self.tokens(data) + self.positions[: data.shape[1]]
         for block in self.blocks:
             x = block(x, mask)
-        return blocks.masked_mean(self.norm(x), mask)
+        return _layers.masked_mean(self.norm(x), mask)
 
     def checkpoint_activations(self) -> None:
-        blocks.checkpoint_activations(self.blocks)
+        _layers.checkpoint_activations(self.blocks)

@@ -10,9 +10,8 @@ from jaxtyping import Float
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from mvpretrain import blocks
-from mvpretrain.blocks import Block
-from mvpretrain.encoders import EncoderConfig, check_items
+from mvpretrain.encoders import EncoderConfig, _layers, check_items
+from mvpretrain.encoders._layers import Block
 from mvpretrain.types import View
 
 
@@ -69,9 +68,9 @@ class ViT(nn.Module):
         for block in early:
             x = block(x)
         if self.token is None:
-            return blocks.masked_mean(self.norm(last(x)), None)
+            return _layers.masked_mean(self.norm(last(x)), None)
         # Nobody reads what the last block would give for the patches.
         return self.norm(last(x, first=1)[:, 0]).float()
 
     def checkpoint_activations(self) -> None:
-        blocks.checkpoint_activations(self.blocks)
+        _layers.checkpoint_activations(self.blocks)

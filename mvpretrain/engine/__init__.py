@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from mvpretrain.engine.step import Engine, Step, agree, encoding
-from mvpretrain.engine.world import World, finish, settle, start
-from mvpretrain.recipe import EngineConfig
-from mvpretrain.task import Task
+from mvpretrain.engine.launch import World, resolve, shutdown, start
+from mvpretrain.engine.settings import EngineConfig
+from mvpretrain.engine.step import Engine, Step, encoding, reduce_status
+from mvpretrain.model.task import Task
 
-__all__ = ["Engine", "Step", "World", "agree", "encoding", "finish", "settle", "start", "wrap"]
+__all__ = ["Engine", "Step", "World", "encoding", "reduce_status", "resolve", "shutdown", "start", "wrap"]
 
 
 def wrap(world: World, task: Task, optimizer: torch.optim.Optimizer, config: EngineConfig, batch: int) -> Engine:
@@ -22,10 +22,10 @@ def wrap(world: World, task: Task, optimizer: torch.optim.Optimizer, config: Eng
     prepare(task, config, world.kind)
     # Imported here, since each brings a library that takes seconds to load.
     if world.kind.startswith("zero"):
-        from mvpretrain.engine.zero import Zero
+        from mvpretrain.engine.deepspeed import Zero
 
         return Zero(world, task, optimizer, config, batch)
-    from mvpretrain.engine.accelerated import Accelerated
+    from mvpretrain.engine.accelerate import Accelerated
 
     return Accelerated(world, task, optimizer, config)
 

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mvpretrain import sharded
-from mvpretrain.engine.step import Engine, Step, agree, autocast, put_back, remember
-from mvpretrain.task import Pull, Task
+from mvpretrain.distributed import sample_state
+from mvpretrain.engine.step import Engine, Step, autocast, reduce_status, restore_buffers, snapshot_buffers
+from mvpretrain.model.task import EmbeddingGradients, Task
 from mvpretrain.types import Batch, Embeddings, Losses, View
 
 
@@ -27,21 +27,21 @@ def step(engine: Engine, batch: Batch, values: Sequence[float]) -> Step:
     """Losses, agreement, gradients, optimiser: the order of things in every engine."""
     task, world = engine.task, engine.world
     engine.model.train()
-    before = remember(task)
+    before = snapshot_buffers(task)
     pieces = split(engine, batch)
     losses, backward = whole(engine, batch) if pieces is None else in_two_passes(engine, batch, pieces)
-    loss, good, sums = agree(world, losses.total, values)
+    loss, good, sums = reduce_status(world, losses.total, values)
     norm = None
     if good:
         backward()
-        with task.stopwatch("optimizer"):
-            norm, good = engine.descend()
+        with task.phase_timer("optimizer"):
+            norm, good = engine.optimizer_step()
             if good:
-                engine.follow()
+                engine.update_ema()
     if not good:
-        put_back(task, before)
-        sharded.forget(task)
-    task.stopwatch.step()
+        restore_buffers(task, before)
+        sample_state.forget(task)
+    task.phase_timer.step()
     return Step(loss, losses.parts, norm, good, sums)
 
 
@@ -50,7 +50,7 @@ def whole(engine: Engine, batch: Batch) -> tuple[Losses, Callable[[], None]]:
     losses: Losses = engine.model(batch.to(engine.world.device))
 
     def backward() -> None:
-        with engine.task.stopwatch("backward"):
+        with engine.task.phase_timer("backward"):
             engine.backward(losses.total)
 
     return losses, backward
@@ -78,7 +78,7 @@ def split(engine: Engine, batch: Batch) -> Pieces | None:
     most, rows = engine.config.micro_batch, len(batch.ids)
     if most is None:
         return None
-    count = -(-engine.world.exchange.largest(rows) // most)
+    count = -(-engine.world.collectives.largest(rows) // most)
     if count <= 1:
         return None
     own = max(1, -(-rows // most))
@@ -118,16 +118,16 @@ def first_pass(engine: Engine, pieces: Pieces) -> tuple[dict[str, Tensor], Memor
     tables: list[dict[str, Tensor]] = []
     generators = [generators_of(device)]
     buffers: list[Tensor] = []
-    taught: list[Tensor] = []
-    with task.stopwatch("encode"), autocast(device, precision):
+    teacher_rows: list[Tensor] = []
+    with task.phase_timer("encode"), autocast(device, precision):
         for i, piece in enumerate(pieces.batches):
             tables.append(task.table(piece.to(device)).z)
             generators.append(generators_of(device))
             if i + 1 == pieces.own:
-                buffers, taught = remember(task.towers), remember(task.teacher.towers)
+                buffers, teacher_rows = snapshot_buffers(task.towers), snapshot_buffers(task.teacher.towers)
     # As if the repeated rows had not been there.
     set_generators(device, generators[pieces.own])
-    put_back(task.teacher.towers, taught)
+    restore_buffers(task.teacher.towers, teacher_rows)
     z = {v: torch.cat([table[v] for table in tables[: pieces.own]]) for v in tables[0]}
     return z, Memory(generators, buffers)
 
@@ -135,33 +135,33 @@ def first_pass(engine: Engine, pieces: Pieces) -> tuple[dict[str, Tensor], Memor
 def second_pass(engine: Engine, pieces: Pieces, memory: Memory, leaves: dict[str, Tensor], loss: Tensor) -> None:
     """The gradient of the loss in all parameters, reduced over ranks once."""
     task, device = engine.task, engine.world.device
-    with task.stopwatch("backward"):
-        pull = gradients(task, leaves, loss)
+    with task.phase_timer("backward"):
+        asked = gradients(task, leaves, loss)
     after = generators_of(device)
     begin = 0
     for i in engine.reducing_once(len(pieces.batches)):
         piece, end = pieces.batches[i], begin + len(pieces.batches[i].ids)
         if i < pieces.own:
-            z = {v: g[begin:end] for v, g in pull.z.items()}
+            z = {v: g[begin:end] for v, g in asked.z.items()}
         else:
-            z = {v: g.new_zeros(len(piece.ids), g.shape[1]) for v, g in pull.z.items()}
+            z = {v: g.new_zeros(len(piece.ids), g.shape[1]) for v, g in asked.z.items()}
         # The objective's parameters take part once, in the last piece: DDP reduces there, and wants all of them in it.
         last = i + 1 == len(pieces.batches)
         set_generators(device, memory.generators[i])
-        surrogate: Tensor = engine.model(piece.to(device), Pull(z, pull.parameters if last else []))
+        surrogate: Tensor = engine.model(piece.to(device), EmbeddingGradients(z, asked.parameters if last else []))
         if surrogate.requires_grad:  # not so where all towers are frozen whole
-            with task.stopwatch("backward"):
+            with task.phase_timer("backward"):
                 engine.backward(surrogate)
         begin = end
     set_generators(device, after)
-    put_back(task.towers, memory.buffers)
+    restore_buffers(task.towers, memory.buffers)
 
 
-def gradients(task: Task, leaves: dict[str, Tensor], loss: Tensor) -> Pull:
+def gradients(task: Task, leaves: dict[str, Tensor], loss: Tensor) -> EmbeddingGradients:
     """The loss's gradient in the embeddings and in the objective's parameters; zero where it does not depend on one."""
     own = task.objective_parameters()
     found = torch.autograd.grad(loss, [*leaves.values(), *own], allow_unused=True, materialize_grads=True)
-    return Pull(dict(zip(leaves, found)), list(found[len(leaves) :]))
+    return EmbeddingGradients(dict(zip(leaves, found)), list(found[len(leaves) :]))
 
 
 def generators_of(device: torch.device) -> list[Tensor]:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from mvpretrain.engine.world import World
-from mvpretrain.recipe import EngineConfig
-from mvpretrain.task import Task
+from mvpretrain.engine.launch import World
+from mvpretrain.engine.settings import EngineConfig
+from mvpretrain.model.task import Task
 from mvpretrain.types import Batch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -53,11 +53,11 @@ class Engine(Protocol):
         """0 to count - 1, for as many calls of `model` and `backward` whose gradients are reduced over ranks once."""
         ...
 
-    def descend(self) -> tuple[float | None, bool]:
+    def optimizer_step(self) -> tuple[float | None, bool]:
         """(gradient norm, whether the optimiser has stepped): clip, step, forget the gradient."""
         ...
 
-    def follow(self) -> None:
+    def update_ema(self) -> None:
         """Let the teacher take its step towards the weights that `descend` has left."""
         ...
 
@@ -74,7 +74,7 @@ class Engine(Protocol):
         ...
 
 
-def agree(world: World, loss: Tensor, values: Sequence[float]) -> tuple[float, bool, list[float]]:
+def reduce_status(world: World, loss: Tensor, values: Sequence[float]) -> tuple[float, bool, list[float]]:
     """(mean loss, whether it is finite on every rank, sums of `values`), by one small message.
 
     All ranks must take the same branch: one that skips its backward alone leaves the others waiting for ever.
@@ -82,16 +82,16 @@ def agree(world: World, loss: Tensor, values: Sequence[float]) -> tuple[float, b
     own = loss.detach().double()
     good = torch.isfinite(own)
     message = torch.stack([own, (~good).double(), *torch.tensor(values, dtype=torch.float64, device=own.device)])
-    total = world.exchange.sum(message).tolist()
+    total = world.collectives.sum(message).tolist()
     return total[0] / world.size, total[1] == 0, total[2:]
 
 
-def remember(module: nn.Module) -> list[Tensor]:
+def snapshot_buffers(module: nn.Module) -> list[Tensor]:
     """Copies of the buffers: a forward pass changes batch statistics before anyone knows whether it counts."""
     return [buffer.clone() for buffer in module.buffers()]
 
 
-def put_back(module: nn.Module, kept: Sequence[Tensor]) -> None:
+def restore_buffers(module: nn.Module, kept: Sequence[Tensor]) -> None:
     """Undo what a forward pass did to the buffers."""
     for buffer, value in zip(module.buffers(), kept, strict=True):
         buffer.copy_(value)
@@ -112,7 +112,7 @@ def encoding(engine: Engine) -> Iterator[Task]:
     engine.task.eval()
     for buffer in (*engine.task.towers.buffers(), *engine.task.teacher.towers.buffers()):
         if buffer.dtype != torch.bool:
-            buffer.copy_(world.exchange.sum(buffer if world.rank == 0 else torch.zeros_like(buffer)))
+            buffer.copy_(world.collectives.sum(buffer if world.rank == 0 else torch.zeros_like(buffer)))
     with torch.no_grad(), autocast(world.device, world.precision):
         yield engine.task
     engine.task.train()

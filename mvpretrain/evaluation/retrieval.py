@@ -11,8 +11,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mvpretrain.evaluation.collect import Table
-from mvpretrain.exchange import Exchange
+from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.evaluation._collect import Table
 
 AT = (1, 5, 10)
 TIE = 1e-6  # similarities of unit rows in float32 that differ by less are equal: the rest is rounding
@@ -31,7 +31,7 @@ class Side(NamedTuple):
 
 def retrieval(
     table: Table,
-    exchange: Exchange,
+    collectives: Collectives,
     device: torch.device,
     by_label: Collection[str] = (),
     fusions: Sequence[Fusion] = ("rest",),
@@ -53,7 +53,7 @@ def retrieval(
     firsts = []
     for u, v in permutations(table.z, 2):
         keys = table.labels if u in by_label or v in by_label else table.ids
-        yield from (found := summary(f"{u}-{v}", *sides(table, keys, u, v), exchange, device))
+        yield from (found := summary(f"{u}-{v}", *sides(table, keys, u, v), collectives, device))
         firsts += [value for name, value in found if name.endswith("/R@1")]
     if firsts:
         yield "retrieval/mean/R@1", sum(firsts) / len(firsts)
@@ -61,7 +61,7 @@ def retrieval(
         for v in table.z:
             keys = table.labels if v in by_label else table.ids
             both = sides(fused(table, v, fusion), keys, fusion, v)
-            yield from summary(f"{fusion}-{v}", *both, exchange, device)
+            yield from summary(f"{fusion}-{v}", *both, collectives, device)
 
 
 def fused(table: Table, v: str, fusion: Fusion) -> Table:
@@ -90,17 +90,17 @@ def sides(table: Table, keys: Tensor, u: str, v: str) -> tuple[Side, Side]:
 
 
 def summary(
-    name: str, queries: Side, candidates: Side, exchange: Exchange, device: torch.device
+    name: str, queries: Side, candidates: Side, collectives: Collectives, device: torch.device
 ) -> list[tuple[str, float]]:
     """The figures of one pair, the same on every rank."""
     count = len(queries.keys)
     if not count:
         return [(f"retrieval/{name}/queries", 0.0)]
-    share = -(-count // exchange.size)  # the last ranks may have less: their rows are NaN up to the same number
-    mine = slice(share * exchange.rank, min(share * (exchange.rank + 1), count))
+    share = -(-count // collectives.size)  # the last ranks may have less: their rows are NaN up to the same number
+    mine = slice(share * collectives.rank, min(share * (collectives.rank + 1), count))
     own = outcomes(Side(queries.z[mine], queries.keys[mine]), candidates, device)
     own = torch.cat([own, own.new_full((share - len(own), own.shape[1]), torch.nan)])
-    every = exchange.gather(own).cpu()[:count]
+    every = collectives.gather(own).cpu()[:count]
     *recalls, chance = every[:, 1:].mean(dim=0).tolist()
     figures = {f"R@{k}": recall for k, recall in zip(AT, recalls)}
     figures |= {"median_rank": float(every[:, 0].quantile(0.5)), "chance": chance, "queries": float(count)}

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from mvpretrain.evaluation.collect import collect
+from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.evaluation._collect import collect
+from mvpretrain.evaluation._settings import EvaluationConfig
 from mvpretrain.evaluation.retrieval import retrieval
-from mvpretrain.exchange import Exchange
-from mvpretrain.recipe import EvaluationConfig
-from mvpretrain.task import Task
+from mvpretrain.model.task import Task
 from mvpretrain.types import Batch, Embeddings
 
 
@@ -22,8 +22,8 @@ class MeanLoss:
     in for their teacher, and there is no queue.
     """
 
-    def __init__(self, task: Task, exchange: Exchange):
-        self.task, self.exchange = task, exchange
+    def __init__(self, task: Task, collectives: Collectives):
+        self.task, self.collectives = task, collectives
         self.sum: Tensor | float = 0.0
         self.rows = 0
 
@@ -37,17 +37,17 @@ class MeanLoss:
     def value(self) -> float:
         """The mean over ranks; every rank calls it."""
         assert isinstance(self.sum, Tensor)
-        return float(self.exchange.sum(self.sum)) / self.exchange.size / max(1, self.rows)
+        return float(self.collectives.sum(self.sum)) / self.collectives.size / max(1, self.rows)
 
 
 def evaluate(
-    task: Task, batches: Iterable[Batch], exchange: Exchange, device: torch.device, config: EvaluationConfig
+    task: Task, batches: Iterable[Batch], collectives: Collectives, device: torch.device, config: EvaluationConfig
 ) -> dict[str, float]:
     """Retrieval between all views and `val/loss`, the same on every rank.
 
     Every rank calls it with equally many batches; the caller sets evaluation mode, no_grad and autocast.
     """
-    loss = MeanLoss(task, exchange)
-    table = collect(task, batches, exchange, device, watch=loss.add)
+    loss = MeanLoss(task, collectives)
+    table = collect(task, batches, collectives, device, watch=loss.add)
     with torch.autocast(device.type, enabled=False):
-        return {"val/loss": loss.value(), **dict(retrieval(table, exchange, device, config.by_label))}
+        return {"val/loss": loss.value(), **dict(retrieval(table, collectives, device, config.by_label))}

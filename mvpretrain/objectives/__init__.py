@@ -1,21 +1,12 @@
-"""The door to objectives: two tables in, `Losses` out. One file a kind; see the README for how to add one."""
+"""The registry to objectives: two tables in, `Losses` out. One file a kind; see the README for how to add one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from pydantic import Field, model_validator
-from torch import Tensor, nn
-
-from mvpretrain.config import Config, Door, Foreign, Kind, call_foreign, unknown
-from mvpretrain.directed import Gradient
-from mvpretrain.exchange import Alone, Exchange
-from mvpretrain.moving import Gamma, Settings
-from mvpretrain.numerics.bounded import bounded_exp
+from mvpretrain.distributed.collectives import Collectives, SingleProcess
+from mvpretrain.registry import External, Kind, Registry, build_external
 from mvpretrain.types import Objective
 
 
@@ -33,120 +24,30 @@ class ObjectiveConfig(Kind):
         """These settings for tables of this width: only objectives with networks of their own need to know it."""
         return self
 
-    def build(self, views: Sequence[str], exchange: Exchange) -> Objective:
-        """The objective over these views; `exchange` is for those that must tell ranks more than the table."""
+    def build(self, views: Sequence[str], collectives: Collectives) -> Objective:
+        """The objective over these views; `collectives` is for those that must tell ranks more than the table."""
         raise TypeError(f"{type(self).__name__} must define build")
 
-    def memory(self, views: int, rows: int, every: int, dim: int) -> int:
+    def memory(self, views: int, rows: int, gathered: int, dim: int) -> int:
         """Bytes that one rank holds at the peak of loss and gradient, beyond its own embeddings."""
-        table = every * dim * views * 4
+        table = gathered * dim * views * 4
         return 3 * table  # the gathered table, its gradient, and the packed copy
 
 
-def pairs_of(asked: str | Sequence[tuple[str, str]], views: Sequence[str]) -> list[tuple[str, str]]:
-    """The pairs of views that `pairs` asks for: `all`, a view name (that view against each other one), or a list.
+class ExternalObjective(ObjectiveConfig, External):
+    """A user's own class, `forward(local, gathered) -> Losses`, by import path."""
 
-    ValueError: a view that is not among `views`, or that is paired with itself; no pair at all.
-    """
-    if asked == "all":
-        return list(combinations(views, 2))
-    pairs = [(asked, v) for v in views if v != asked] if isinstance(asked, str) else list(asked)
-    for v in {v for pair in pairs for v in pair}:
-        if v not in views:
-            raise ValueError(unknown("view in objective.pairs", v, views))
-    for u, v in pairs:
-        if u == v:
-            raise ValueError(f"objective.pairs names {u!r} against itself; a pair is two different views")
-    if not pairs:
-        raise ValueError("objective.pairs is empty; write all, a view's name, or a list of pairs")
-    return pairs
+    def build(self, views: Sequence[str], collectives: Collectives) -> Objective:
+        return build_external(self, views=views, collectives=collectives)
 
 
-class AveragedConfig(ObjectiveConfig):
-    """What objectives against the whole data set have in common: moving averages kept for each sample.
-
-    `pairs` as infonce has them. `gamma` is a batch's share in the averages. `in_view: true` is for two augmentations of
-    one image: negatives are the other samples of both views, and a sample has one average for the pair. `eps` is a
-    margin more than a guard: an anchor whose negatives together are below it stops counting. `gradient: scalars` sends
-    numbers instead of gradients of rows between ranks, at the same result. `device: true` keeps the averages on the
-    GPU. `published: true` does as the authors' code does where that is not the paper; each kind says in what.
-    """
-
-    pairs: str | tuple[tuple[str, str], ...] = "all"
-    gamma: Gamma = Gamma()
-    eps: float = Field(default=1e-14, ge=0, lt=1)
-    in_view: bool = False
-    gradient: Gradient = "scalars"
-    device: bool = False
-    published: bool = False
-
-    def check(self, views: Sequence[str]) -> None:
-        pairs_of(self.pairs, views)
-
-    def settings(self, views: Sequence[str]) -> Settings:
-        """How the averages are taken, over these views."""
-        return Settings(pairs_of(self.pairs, views), self.gamma, self.eps, self.in_view, self.gradient, self.device)
-
-    def memory(self, views: int, rows: int, every: int, dim: int) -> int:
-        # The anchors' means of candidates, gradients of all views, and two scaled tables of one view.
-        pairs = views * (views - 1) // 2 if isinstance(self.pairs, str) else len(self.pairs)
-        ways = (4 if self.in_view else 2) * pairs
-        return super().memory(views, rows, every, dim) + ((ways + 2 * views) * rows + 2 * every) * dim * 4
-
-
-class Temperature(Config):
-    """The softmax temperature; learnable ones are kept within [min, max]."""
-
-    init: float = 0.07
-    min: float = 0.01
-    max: float = 1.0
-    learnable: bool = True
-    per_pair: bool = False
-
-    @model_validator(mode="after")
-    def _within(self) -> Temperature:
-        if not 0 < self.min <= self.init <= self.max:
-            raise ValueError(f"needs 0 < min <= init <= max, got min={self.min} init={self.init} max={self.max}")
-        return self
-
-    def refuse_per_pair(self, reason: str) -> None:
-        """ValueError where temperatures for pairs are asked of an objective that has one."""
-        if self.per_pair:
-            raise ValueError(f"objective.temperature.per_pair is true, but {reason}; remove per_pair")
-
-    def parameter(self, count: int = 1) -> nn.Parameter:
-        """The logarithms to learn, shape [count]."""
-        return nn.Parameter(torch.full((count,), self.init).log(), requires_grad=self.learnable)
-
-    def bounded(self, log_temperature: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """The temperatures, within [min, max]."""
-        return bounded_exp(log_temperature, self.min, self.max)
-
-
-def anchors(asked: str | None, views: Sequence[str]) -> list[str]:
-    """The views that are exchanged between whole tuples in turn: the one asked for, `all`, or the first.
-
-    ValueError: no such view.
-    """
-    if asked is not None and asked not in (*views, "all"):
-        raise ValueError(unknown("view in objective.anchor", asked, [*views, "all"]))
-    return list(views) if asked == "all" else [asked or views[0]]
-
-
-class ForeignObjective(ObjectiveConfig, Foreign):
-    """A user's own class, `forward(local, every) -> Losses`, by import path."""
-
-    def build(self, views: Sequence[str], exchange: Exchange) -> Objective:
-        return call_foreign(self, views=views, exchange=exchange)
-
-
-door = Door("mvpretrain.objectives", ObjectiveConfig, ForeignObjective, "objective")
+registry = Registry("mvpretrain.objectives", ObjectiveConfig, ExternalObjective, "objective")
 
 
 def build(
     config: dict[str, Any] | ObjectiveConfig,
     views: Sequence[str],
-    exchange: Exchange | None = None,
+    collectives: Collectives | None = None,
     dim: int | None = None,
 ) -> Objective:
     """An objective from settings as a recipe writes them, for use in any training code.
@@ -154,7 +55,7 @@ def build(
     `views` are the keys of the tables it will be given, and `dim` is their width, which a few kinds must know (amcl).
     ValueError: unknown kind or key, a view that is not there, or a width that is needed or does not fit.
     """
-    parsed = door.parse(config)
+    parsed = registry.parse(config)
     parsed.check(views)
     sized = parsed if dim is None else parsed.for_dim(dim)
-    return sized.build(views, exchange or Alone())
+    return sized.build(views, collectives or SingleProcess())

@@ -10,12 +10,14 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from mvpretrain.directed import Found, Gradient, directed
-from mvpretrain.exchange import Exchange, own_rows
-from mvpretrain.moving import temperature_parts
-from mvpretrain.numerics.averages import Groups, mean_within
-from mvpretrain.objectives import ObjectiveConfig, pairs_of
-from mvpretrain.sharded import Sharded
+from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.distributed.gather import own_rows
+from mvpretrain.distributed.sample_state import Sharded
+from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.objectives._moving_average import temperature_parts
+from mvpretrain.objectives._settings import pairs_of
+from mvpretrain.similarity.groups import Groups, mean_within
+from mvpretrain.similarity.per_anchor import Found, Gradient, directed
 from mvpretrain.types import Embeddings, Losses
 
 
@@ -38,12 +40,12 @@ class ALDRConfig(ObjectiveConfig):
     def check(self, views: Sequence[str]) -> None:
         pairs_of(self.pairs, views)
 
-    def build(self, views: Sequence[str], exchange: Exchange) -> ALDR:
-        return ALDR(self, views, exchange)
+    def build(self, views: Sequence[str], collectives: Collectives) -> ALDR:
+        return ALDR(self, views, collectives)
 
-    def memory(self, views: int, rows: int, every: int, dim: int) -> int:
+    def memory(self, views: int, rows: int, gathered: int, dim: int) -> int:
         pairs = views * (views - 1) // 2 if isinstance(self.pairs, str) else len(self.pairs)
-        return super().memory(views, rows, every, dim) + ((2 * pairs + 2 * views) * rows + 2 * every) * dim * 4
+        return super().memory(views, rows, gathered, dim) + ((2 * pairs + 2 * views) * rows + 2 * gathered) * dim * 4
 
 
 class ALDR(nn.Module):
@@ -65,29 +67,29 @@ class ALDR(nn.Module):
     direction.
     """
 
-    def __init__(self, config: ALDRConfig, views: Sequence[str], exchange: Exchange):
+    def __init__(self, config: ALDRConfig, views: Sequence[str], collectives: Collectives):
         super().__init__()
-        self.config, self.exchange = config, exchange
+        self.config, self.collectives = config, collectives
         self.pairs = pairs_of(config.pairs, views)
         self.ways = [way for u, v in self.pairs for way in ((u, v), (v, u))]
-        self.store = Sharded(len(self.ways), exchange, config.device)
+        self.store = Sharded(len(self.ways), collectives, config.device)
 
-    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
+    def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         like = next(iter(local.z.values())).detach()
-        old = self.store.read(every.ids, like.to(torch.promote_types(like.dtype, torch.float32)))
+        old = self.store.read(gathered.ids, like.to(torch.promote_types(like.dtype, torch.float32)))
         old = old.nan_to_num(nan=self.config.temperature)
-        own = own_rows(local, self.exchange)
-        new, counts = self.sharpened(local, every, old, own)
+        own = own_rows(local, self.collectives)
+        new, counts = self.sharpened(local, gathered, old, own)
         temperatures = new[own].T.contiguous()
-        found = directed(local, every, self.ways, 1 / temperatures, self.exchange, True, self.config.gradient)
-        here = len(local.ids) / len(every.ids)
+        found = directed(local, gathered, self.ways, 1 / temperatures, self.collectives, True, self.config.gradient)
+        here = len(local.ids) / len(gathered.ids)
         values, hits = [], []
         for w, f in enumerate(found):
             rows, number = counts[own, w], counts[:, w].sum().clamp_min(1) * here
             values.append(self.losses(f, temperatures[w], rows).masked_fill(~rows, 0).sum() / number)
             hits.append(((f.positive > f.top) & rows).sum() / number)
         if self.training:
-            self.store.write(every.ids[counts.any(dim=1)], new[counts.any(dim=1)])
+            self.store.write(gathered.ids[counts.any(dim=1)], new[counts.any(dim=1)])
         parts = {}
         for p, (u, v) in enumerate(self.pairs):
             parts[f"loss/{u}-{v}"] = ((values[2 * p] + values[2 * p + 1]) / 2).detach()
@@ -98,11 +100,11 @@ class ALDR(nn.Module):
 
     @torch.no_grad()
     def sharpened(
-        self, local: Embeddings, every: Embeddings, old: Float[Tensor, "n w"], own: slice
+        self, local: Embeddings, gathered: Embeddings, old: Float[Tensor, "n w"], own: slice
     ) -> tuple[Float[Tensor, "n w"], Bool[Tensor, "n w"]]:
         """(everyone's temperatures after this batch, which rows are anchors of which way)."""
         before = old[own].T.contiguous()
-        found = directed(local, every, self.ways, 1 / before, self.exchange, True, self.config.gradient)
+        found = directed(local, gathered, self.ways, 1 / before, self.collectives, True, self.config.gradient)
         c, columns = self.config, []
         for f, temperature in zip(found, before, strict=True):
             counts = f.anchor & (f.candidates > 0)
@@ -113,8 +115,8 @@ class ALDR(nn.Module):
             divergence = (log_k + mean - log_sum).clamp_min(0)
             columns.append(torch.stack([c.temperature * (1 - divergence / (c.alpha * log_k)), counts.to(mean)]))
         packed = torch.stack(columns).permute(2, 1, 0).contiguous()
-        temperatures, counted = self.exchange.gather(packed).unbind(1)
-        groups, valid = Groups.by(every.ids), counted > 0.5
+        temperatures, counted = self.collectives.gather(packed).unbind(1)
+        groups, valid = Groups.by(gathered.ids), counted > 0.5
         merged = [mean_within(groups, temperatures[:, w, None], valid[:, w, None]) for w in range(len(self.ways))]
         new = torch.stack(merged, dim=1)
         return torch.where(new.isnan(), old, new), valid

@@ -12,10 +12,10 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from mvpretrain.exchange import Exchange
-from mvpretrain.numerics import tiles
-from mvpretrain.numerics.averages import count_by_key
+from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.similarity import autograd
+from mvpretrain.similarity.groups import count_by_key
 from mvpretrain.types import Embeddings, Losses
 
 NEAREST = 1e-12  # squared distances below this have no gradient: with alpha < 2 it has no bound at 0
@@ -30,12 +30,12 @@ class AlignmentUniformityConfig(ObjectiveConfig):
     alignment: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     uniformity: float = Field(default=1.0, ge=0, allow_inf_nan=False)
 
-    def build(self, views: Sequence[str], exchange: Exchange) -> AlignmentUniformity:
-        return AlignmentUniformity(self, views, exchange)
+    def build(self, views: Sequence[str], collectives: Collectives) -> AlignmentUniformity:
+        return AlignmentUniformity(self, views, collectives)
 
-    def memory(self, views: int, rows: int, every: int, dim: int) -> int:
+    def memory(self, views: int, rows: int, gathered: int, dim: int) -> int:
         pairs = views * (views - 1) // 2
-        return super().memory(views, rows, every, dim) + (3 * pairs * rows + views * every) * dim * 4
+        return super().memory(views, rows, gathered, dim) + (3 * pairs * rows + views * gathered) * dim * 4
 
 
 class AlignmentUniformity(nn.Module):
@@ -51,40 +51,40 @@ class AlignmentUniformity(nn.Module):
     for b of n rows: k b n d multiplications; memory O(k n d) and one tile.
     """
 
-    def __init__(self, config: AlignmentUniformityConfig, views: Sequence[str], exchange: Exchange):
+    def __init__(self, config: AlignmentUniformityConfig, views: Sequence[str], collectives: Collectives):
         super().__init__()
-        self.config, self.views, self.exchange = config, list(views), exchange
+        self.config, self.views, self.collectives = config, list(views), collectives
 
-    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
+    def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         pairs = list(combinations(self.views, 2))
-        alignment = torch.stack([self.distance(local, every, u, v) for u, v in pairs]).mean()
-        uniformities = self.uniformities(local, every)
+        alignment = torch.stack([self.distance(local, gathered, u, v) for u, v in pairs]).mean()
+        uniformities = self.uniformities(local, gathered)
         uniformity = uniformities.mean()
         parts = {"loss/alignment": alignment.detach(), "loss/uniformity": uniformity.detach()}
         return Losses(self.config.alignment * alignment + self.config.uniformity * uniformity, parts)
 
-    def distance(self, local: Embeddings, every: Embeddings, u: str, v: str) -> Float[Tensor, ""]:
+    def distance(self, local: Embeddings, gathered: Embeddings, u: str, v: str) -> Float[Tensor, ""]:
         """E_i |z_i^u - z_i^v|^alpha: this rank's rows, in units of the mean over every rank's."""
         both = local.present[u] & local.present[v]
         squares = (precise(local.z[u][both]) - precise(local.z[v][both])).square().sum(dim=1)
         powers = squares if self.config.alpha == 2 else squares.clamp_min(NEAREST) ** (self.config.alpha / 2)
-        rows = (every.present[u] & every.present[v]).sum().clamp_min(1) * (len(local.ids) / len(every.ids))
+        rows = (gathered.present[u] & gathered.present[v]).sum().clamp_min(1) * (len(local.ids) / len(gathered.ids))
         return powers.sum() / rows
 
-    def uniformities(self, local: Embeddings, every: Embeddings) -> Float[Tensor, " k"]:
+    def uniformities(self, local: Embeddings, gathered: Embeddings) -> Float[Tensor, " k"]:
         """log E_(i, j) exp(-t |z_i - z_j|^2) of each view, over the whole batch."""
         sums = []
         for v in self.views:
-            rows, columns = precise(local.z[v]), precise(every.z[v])
+            rows, columns = precise(local.z[v]), precise(gathered.z[v])
             scale = rows.new_full((1,), 2 * self.config.t)
-            lse, _ = tiles.logsumexp(rows, columns, scale, every.present[v], apart=(local.ids, every.ids))
+            lse, _ = autograd.logsumexp(rows, columns, scale, gathered.present[v], apart=(local.ids, gathered.ids))
             sums.append(lse.masked_fill(~local.present[v], -torch.inf))
-        by_row = self.exchange.gather(torch.stack(sums, dim=1))
+        by_row = self.collectives.gather(torch.stack(sums, dim=1))
         found = []
         for v, column in zip(self.views, by_row.unbind(1)):
             counted = column[column > -torch.inf]
-            same = count_by_key(every.ids, every.present[v], every.ids[every.present[v]]).sum()
-            pairs = int(every.present[v].sum()) ** 2 - int(same)
+            same = count_by_key(gathered.ids, gathered.present[v], gathered.ids[gathered.present[v]]).sum()
+            pairs = int(gathered.present[v].sum()) ** 2 - int(same)
             log_sum = counted.logsumexp(dim=0) if len(counted) else counted.sum()
             found.append(log_sum - 2 * self.config.t - math.log(pairs) if pairs else counted.sum())
         return torch.stack(found)

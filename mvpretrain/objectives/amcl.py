@@ -11,14 +11,22 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from mvpretrain.exchange import Exchange
-from mvpretrain.numerics.averages import count_by_key, sum_by_key
-from mvpretrain.numerics.correlations import correlations, off_diagonal
-from mvpretrain.numerics.hardest import hardest
-from mvpretrain.numerics.products import COLUMNS, ROWS, Which
-from mvpretrain.numerics.uncertainty import NearIdentity, Scored, TemperatureNetwork, agreement, histogram, omega
-from mvpretrain.objectives import ObjectiveConfig, pairs_of
-from mvpretrain.similarity import has_positive
+from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.objectives._correlations import correlations, off_diagonal
+from mvpretrain.objectives._settings import pairs_of
+from mvpretrain.objectives._temperature_network import (
+    NearIdentity,
+    Scored,
+    TemperatureNetwork,
+    agreement,
+    histogram,
+    omega,
+)
+from mvpretrain.similarity.all_pairs import has_positive
+from mvpretrain.similarity.blockwise import COLUMNS, ROWS, Which
+from mvpretrain.similarity.groups import count_by_key, sum_by_key
+from mvpretrain.similarity.top_k import hardest
 from mvpretrain.types import Embeddings, Losses
 
 
@@ -75,7 +83,7 @@ class AMCLConfig(ObjectiveConfig):
     def check(self, views: Sequence[str]) -> None:
         pairs_of(self.pairs, views)
 
-    def build(self, views: Sequence[str], exchange: Exchange) -> AMCL | BarlowAMCL:
+    def build(self, views: Sequence[str], collectives: Collectives) -> AMCL | BarlowAMCL:
         if self.dim is None:
             raise ValueError("amcl's networks read dim / heads numbers; build it with dim=WIDTH, that of the tables")
         if self.dim % self.heads:
@@ -87,19 +95,19 @@ class AMCLConfig(ObjectiveConfig):
     def network(self, inputs: int, detach: bool) -> TemperatureNetwork:
         return TemperatureNetwork(inputs, self.width, self.eta_low, self.eta_up, detach)
 
-    def memory(self, views: int, rows: int, every: int, dim: int) -> int:
+    def memory(self, views: int, rows: int, gathered: int, dim: int) -> int:
         counts = {"all": views * (views - 1) // 2}
         pairs = counts.get(self.pairs, views - 1) if isinstance(self.pairs, str) else len(self.pairs)
         if self.base == "barlow":
-            held = pairs * (6 * every * dim + 6 * dim**2 // self.heads)
-            return super().memory(views, rows, every, dim) + held * 4
+            held = pairs * (6 * gathered * dim + 6 * dim**2 // self.heads)
+            return super().memory(views, rows, gathered, dim) + held * 4
         # Head outputs twice, and the network's layers: of anchors, positives, negatives. SimSiam has no negatives, and
         # predictors that hold as much as one.
         alone, one = self.base == "simsiam", 2 * dim + self.heads * (3 * self.width + 8)
         held = 2 * pairs * rows * ((1 if alone else self.kappa) + 2) * one
-        search = 0 if alone else self.heads * min(rows, ROWS) * min(every, COLUMNS)
+        search = 0 if alone else self.heads * min(rows, ROWS) * min(gathered, COLUMNS)
         # Gradients of two selections of a view's rows, each as large as the whole table of it.
-        return super().memory(views, rows, every, dim) + (held + 2 * search + 2 * every * dim) * 4
+        return super().memory(views, rows, gathered, dim) + (held + 2 * search + 2 * gathered * dim) * 4
 
 
 class Negatives(NamedTuple):
@@ -147,11 +155,11 @@ class AMCL(nn.Module):
         if self.alone:
             self.predictors = nn.ModuleList(NearIdentity(width, config.width) for _ in range(config.heads))
 
-    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
+    def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         parts: dict[str, Tensor] = {}
         losses, rest = [], []
         for u, v in self.pairs:
-            there, back = self.one_way(local, every, u, v), self.one_way(local, every, v, u)
+            there, back = self.one_way(local, gathered, u, v), self.one_way(local, gathered, v, u)
             losses.append((there.pop("loss") + back.pop("loss")) / 2)
             parts[f"loss/{u}-{v}"] = losses[-1].detach()
             if not self.alone:
@@ -160,22 +168,22 @@ class AMCL(nn.Module):
         parts |= {name: torch.stack([one[name] for one in rest]).mean() for name in rest[0]}
         return Losses(torch.stack(losses).mean(), parts)
 
-    def one_way(self, local: Embeddings, every: Embeddings, u: str, v: str) -> dict[str, Float[Tensor, ""]]:
+    def one_way(self, local: Embeddings, gathered: Embeddings, u: str, v: str) -> dict[str, Float[Tensor, ""]]:
         """Anchors of view u among the rows of view v: the loss and its parts, in units of the global mean."""
         h = self.heads(local.z[u])
         if self.alone:
             h = torch.stack([normalize(g(x), dim=1) for g, x in zip(self.predictors, h.unbind(1))], dim=1)
         code = self.network(h)
-        positive = self.positive(h, code, local.ids, every, v)
-        counts, all_counts = has_positive(local, every, u, v), has_positive(every, every, u, v)
+        positive = self.positive(h, code, local.ids, gathered, v)
+        counts, all_counts = has_positive(local, gathered, u, v), has_positive(gathered, gathered, u, v)
         negative, losses = None, positive.cost(2 * self.config.beta, self.width)
         if not self.alone:
-            ids = every.ids[every.present[v]]
+            ids = gathered.ids[gathered.present[v]]
             several = (ids != ids[:1]).any()  # else nothing is a negative
             counts, all_counts = counts & several, all_counts & several
-            negative = self.negatives(h, code, local, every, u, v)
+            negative = self.negatives(h, code, local, gathered, u, v)
             losses = positive.cost(self.config.beta, self.width) - self.repelled(positive, negative)
-        share = counts.to(losses.dtype) / (all_counts.sum().clamp_min(1) * (len(local.ids) / len(every.ids)))
+        share = counts.to(losses.dtype) / (all_counts.sum().clamp_min(1) * (len(local.ids) / len(gathered.ids)))
         loss = losses.sum(dim=1).masked_fill(~counts, 0) @ share
         return {"loss": loss, **self.figures(positive, negative, share)}
 
@@ -185,15 +193,20 @@ class AMCL(nn.Module):
         return z.unflatten(1, (self.config.heads, self.width)) * self.config.heads**0.5
 
     def positive(
-        self, h: Float[Tensor, "b h d"], code: Float[Tensor, "b h w"], ids: Int[Tensor, " b"], every: Embeddings, v: str
+        self,
+        h: Float[Tensor, "b h d"],
+        code: Float[Tensor, "b h w"],
+        ids: Int[Tensor, " b"],
+        gathered: Embeddings,
+        v: str,
     ) -> Scored:
         """Each anchor against the mean of the rows of view v that carry its id; both products are linear in them."""
-        near = torch.isin(every.ids, ids)
-        rows, present = self.heads(every.z[v][near]), every.present[v][near]
+        near = torch.isin(gathered.ids, ids)
+        rows, present = self.heads(gathered.z[v][near]), gathered.present[v][near]
         rows = rows.detach() if self.alone else rows
         both = torch.cat([rows, self.network(rows)], dim=2) * present[:, None, None].to(rows.dtype)
-        count = count_by_key(every.ids[near], present, ids).clamp_min(1)
-        mean = sum_by_key(every.ids[near], both.flatten(1), ids) / count[:, None]
+        count = count_by_key(gathered.ids[near], present, ids).clamp_min(1)
+        mean = sum_by_key(gathered.ids[near], both.flatten(1), ids) / count[:, None]
         row, its_code = mean.unflatten(1, both.shape[1:]).split([self.width, code.shape[2]], dim=2)
         return Scored((h * row).sum(dim=2), self.network.between(code, its_code))
 
@@ -202,14 +215,14 @@ class AMCL(nn.Module):
         h: Float[Tensor, "b h d"],
         code: Float[Tensor, "b h w"],
         local: Embeddings,
-        every: Embeddings,
+        gathered: Embeddings,
         u: str,
         v: str,
     ) -> Negatives:
         """The kappa rows of view v and another id that are most similar to each anchor in each head."""
-        table = every.z[v].unflatten(1, (self.config.heads, self.width))
+        table = gathered.z[v].unflatten(1, (self.config.heads, self.width))
         scale = self.config.heads**0.5
-        which = Which(local.present[u], every.present[v], local.ids, every.ids)
+        which = Which(local.present[u], gathered.present[v], local.ids, gathered.ids)
         found = hardest(h * scale, table, self.config.kappa, which)
         head = torch.arange(self.config.heads, device=h.device)[:, None]
         rows = table[found.column, head].to(h.dtype) * scale
@@ -274,7 +287,7 @@ class BarlowAMCL(nn.Module):
         self.network = config.network(width, detach=False)
         self.codes = nn.Parameter(torch.randn(config.heads, width, width) / width**0.5)
 
-    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
+    def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         code = self.network(self.codes)
         temperature = self.network.between(code[:, :, None], code[:, None])
         own, others = temperature.diagonal(dim1=1, dim2=2), off_diagonal(temperature)
@@ -283,8 +296,8 @@ class BarlowAMCL(nn.Module):
         parts |= {f"temperature/others/head{c}": x.sum().detach() / max(len(x), 1) for c, x in enumerate(others)}
         values = []
         for u, v in self.pairs:
-            both = every.present[u] & every.present[v]
-            correlation = self.by_head(every.z[u][both], every.z[v][both])
+            both = gathered.present[u] & gathered.present[v]
+            correlation = self.by_head(gathered.z[u][both], gathered.z[v][both])
             diagonal = correlation.diagonal(dim1=1, dim2=2)
             squares = off_diagonal(correlation).square() / others
             value = (1 - diagonal / own).square().sum() + self.config.off_diagonal * squares.sum() + price

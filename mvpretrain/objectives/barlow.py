@@ -10,9 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mvpretrain.exchange import Exchange
-from mvpretrain.numerics.correlations import correlations
+from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.objectives._correlations import correlations
 from mvpretrain.types import Embeddings, Losses
 
 
@@ -22,12 +22,12 @@ class BarlowConfig(ObjectiveConfig):
     kind: Literal["barlow"] = "barlow"
     off_diagonal: float = Field(default=0.0051, ge=0, allow_inf_nan=False)
 
-    def build(self, views: Sequence[str], exchange: Exchange) -> Barlow:
+    def build(self, views: Sequence[str], collectives: Collectives) -> Barlow:
         return Barlow(self, views)
 
-    def memory(self, views: int, rows: int, every: int, dim: int) -> int:
+    def memory(self, views: int, rows: int, gathered: int, dim: int) -> int:
         pairs = views * (views - 1) // 2
-        return super().memory(views, rows, every, dim) + pairs * (6 * every * dim * 4 + 2 * dim**2 * 4)
+        return super().memory(views, rows, gathered, dim) + pairs * (6 * gathered * dim * 4 + 2 * dim**2 * 4)
 
 
 class Barlow(nn.Module):
@@ -49,12 +49,12 @@ class Barlow(nn.Module):
         super().__init__()
         self.config, self.pairs = config, list(combinations(views, 2))
 
-    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
+    def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         parts: dict[str, Tensor] = {}
         values = []
         for u, v in self.pairs:
-            both = every.present[u] & every.present[v]
-            correlation = correlations(every.z[u][both], every.z[v][both])
+            both = gathered.present[u] & gathered.present[v]
+            correlation = correlations(gathered.z[u][both], gathered.z[v][both])
             own = correlation.diagonal()
             others = correlation.square().sum() - own.square().sum()
             counts = both.sum() > 1

@@ -11,10 +11,11 @@ from jaxtyping import Bool, Float, Int
 from pydantic import BeforeValidator, Field, SerializeAsAny, WithJsonSchema
 from torch import Tensor, nn
 
-from mvpretrain.exchange import Exchange, own_rows
-from mvpretrain.numerics.averages import Groups, mean_within
-from mvpretrain.objectives import ObjectiveConfig, door
-from mvpretrain.sharded import Sharded
+from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.distributed.gather import own_rows
+from mvpretrain.distributed.sample_state import Sharded
+from mvpretrain.objectives import ObjectiveConfig, registry
+from mvpretrain.similarity.groups import Groups, mean_within
 from mvpretrain.types import Embeddings, Losses
 
 PER_PAIR = ("infonce", "dcl", "one_vs_rest")
@@ -31,7 +32,7 @@ class DBPMConfig(ObjectiveConfig):
 
     kind: Literal["dbpm"] = "dbpm"
     objective: Annotated[
-        SerializeAsAny[ObjectiveConfig], BeforeValidator(door.parse), WithJsonSchema({"door": "objective"})
+        SerializeAsAny[ObjectiveConfig], BeforeValidator(registry.parse), WithJsonSchema({"registry": "objective"})
     ]
     warmup: int = Field(default=1000, ge=0)
     noisy: float = Field(default=2.0, ge=0)
@@ -50,11 +51,11 @@ class DBPMConfig(ObjectiveConfig):
     def for_dim(self, dim: int) -> DBPMConfig:
         return self.model_copy(update={"objective": self.objective.for_dim(dim)})
 
-    def build(self, views: Sequence[str], exchange: Exchange) -> DBPM:
-        return DBPM(self, cast(Any, self.objective.build(views, exchange)), exchange)
+    def build(self, views: Sequence[str], collectives: Collectives) -> DBPM:
+        return DBPM(self, cast(Any, self.objective.build(views, collectives)), collectives)
 
-    def memory(self, views: int, rows: int, every: int, dim: int) -> int:
-        return self.objective.memory(views, rows, every, dim)
+    def memory(self, views: int, rows: int, gathered: int, dim: int) -> int:
+        return self.objective.memory(views, rows, gathered, dim)
 
 
 class DBPM(nn.Module):
@@ -76,12 +77,12 @@ class DBPM(nn.Module):
     totals: Tensor
     steps: Tensor
 
-    def __init__(self, config: DBPMConfig, objective: Any, exchange: Exchange):
+    def __init__(self, config: DBPMConfig, objective: Any, collectives: Collectives):
         super().__init__()
-        self.config, self.objective, self.exchange = config, objective, exchange
+        self.config, self.objective, self.collectives = config, objective, collectives
         self.ways: list[tuple[str, str]] = objective.ways
         objective.weigh = self.weigh
-        self.store = Sharded(2 * len(self.ways), exchange, config.device)
+        self.store = Sharded(2 * len(self.ways), collectives, config.device)
         self.register_buffer("totals", torch.zeros(3, len(self.ways), dtype=torch.float64))
         self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
         self.history: Tensor | None = None  # of the local rows, while the objective runs
@@ -90,16 +91,16 @@ class DBPM(nn.Module):
     def gathers(self, rows: int, dim: int) -> bool:
         return getattr(self.objective, "gathers", lambda *_: True)(rows, dim)
 
-    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
+    def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         like = next(iter(local.z.values())).detach()
-        kept = self.store.read(every.ids, like.to(torch.promote_types(like.dtype, torch.float32)))
-        self.history, self.told = kept[own_rows(local, self.exchange)].view(len(local.ids), 2, -1)[:, 1], {}
-        losses = self.objective(local, every)
+        kept = self.store.read(gathered.ids, like.to(torch.promote_types(like.dtype, torch.float32)))
+        self.history, self.told = kept[own_rows(local, self.collectives)].view(len(local.ids), 2, -1)[:, 1], {}
+        losses = self.objective(local, gathered)
         told = torch.stack([self.told[way] for way in self.ways], dim=2)  # b 4 w
-        every_loss, counts, bad, weights = self.exchange.gather(told).unbind(1)
+        every_loss, counts, bad, weights = self.collectives.gather(told).unbind(1)
         self.history, self.told = None, {}
         if self.training:
-            self.record(every.ids, kept, every_loss, counts > 0.5)
+            self.record(gathered.ids, kept, every_loss, counts > 0.5)
         number = counts.sum().clamp_min(1)
         parts = {"bad": (bad * counts).sum() / number, "weight": (weights * counts).sum() / number}
         return Losses(losses.total, losses.parts | parts)

@@ -11,10 +11,10 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from mvpretrain.exchange import Exchange
-from mvpretrain.numerics.tiles import LOWEST, together
+from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.objectives import ObjectiveConfig
-from mvpretrain.similarity import Sums, Weigh, all_pairs, has_positive, positive_mean
+from mvpretrain.similarity.all_pairs import Sums, Weigh, all_pairs, has_positive, positive_mean
+from mvpretrain.similarity.autograd import LOWEST, together
 from mvpretrain.types import Embeddings, Losses
 
 
@@ -29,13 +29,16 @@ class DCLConfig(ObjectiveConfig):
     temperature: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     weighted: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
-    def build(self, views: Sequence[str], exchange: Exchange) -> DCL:
-        return DCL(self, views, exchange)
+    def build(self, views: Sequence[str], collectives: Collectives) -> DCL:
+        return DCL(self, views, collectives)
 
-    def memory(self, views: int, rows: int, every: int, dim: int) -> int:
+    def memory(self, views: int, rows: int, gathered: int, dim: int) -> int:
         # All views: a second gradient while it is added to the first; local rows: the means of positives besides; and
         # the products of one pair.
-        return super().memory(views, rows, every, dim) + (views * (every + 3 * rows) + 2 * (every + rows)) * dim * 4
+        return (
+            super().memory(views, rows, gathered, dim)
+            + (views * (gathered + 3 * rows) + 2 * (gathered + rows)) * dim * 4
+        )
 
 
 class DCL(nn.Module):
@@ -54,22 +57,22 @@ class DCL(nn.Module):
     k (k + 1) / 2 b n d multiplications; memory O(k n d) and one tile. No state.
     """
 
-    def __init__(self, config: DCLConfig, views: Sequence[str], exchange: Exchange):
+    def __init__(self, config: DCLConfig, views: Sequence[str], collectives: Collectives):
         super().__init__()
-        self.config, self.views, self.exchange = config, list(views), exchange
+        self.config, self.views, self.collectives = config, list(views), collectives
         self.ways = list(permutations(views, 2))
         self.weigh: Weigh | None = None
 
-    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
+    def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         z = local.z[self.views[0]]
         scale = z.new_full((1,), 1 / self.config.temperature, dtype=torch.promote_types(z.dtype, torch.float32))
         pairs = list(combinations_with_replacement(self.views, 2))
-        sums = all_pairs(local, every, pairs, scale.expand(len(pairs)), self.exchange, apart=True)
-        means = {v: positive_mean(local, every, v) for v in self.views}
+        sums = all_pairs(local, gathered, pairs, scale.expand(len(pairs)), self.collectives, apart=True)
+        means = {v: positive_mean(local, gathered, v) for v in self.views}
         parts: dict[str, Tensor] = {}
         for u, v in combinations(self.views, 2):
-            there = self.one_way(local, every, u, v, means[v], sums)
-            back = self.one_way(local, every, v, u, means[u], sums)
+            there = self.one_way(local, gathered, u, v, means[v], sums)
+            back = self.one_way(local, gathered, v, u, means[u], sums)
             parts[f"loss/{u}-{v}"] = (there + back) / 2
         total = torch.stack(list(parts.values())).mean()
         return Losses(total, {name: value.detach() for name, value in parts.items()})
@@ -77,37 +80,39 @@ class DCL(nn.Module):
     def one_way(
         self,
         local: Embeddings,
-        every: Embeddings,
+        gathered: Embeddings,
         u: str,
         v: str,
         positive: Float[Tensor, "b d"],
         sums: dict[tuple[str, str], Sums],
     ) -> Float[Tensor, ""]:
         """Anchors of view u; `positive` is the mean of the rows of v that carry the anchor's id."""
-        several = several_samples(every, u, v)
-        counts = has_positive(local, every, u, v) & several
-        all_counts = has_positive(every, every, u, v) & several
+        several = several_samples(gathered, u, v)
+        counts = has_positive(local, gathered, u, v) & several
+        all_counts = has_positive(gathered, gathered, u, v) & several
         scores = (local.z[u] * positive).sum(dim=1)
         negatives = together([sums[u, u].lse, sums[u, v].lse])
-        weights = 1.0 if self.config.weighted is None else weigh(scores, every, u, v, all_counts, self.config.weighted)
+        weights = (
+            1.0 if self.config.weighted is None else weigh(scores, gathered, u, v, all_counts, self.config.weighted)
+        )
         losses = negatives - weights * scores / self.config.temperature
         losses = losses if self.weigh is None else self.weigh((u, v), losses.masked_fill(~counts, 0), counts)
-        rows = all_counts.sum().clamp_min(1).to(losses.dtype) * (len(local.ids) / len(every.ids))
+        rows = all_counts.sum().clamp_min(1).to(losses.dtype) * (len(local.ids) / len(gathered.ids))
         return losses.masked_fill(~counts, 0).sum() / rows
 
 
-def several_samples(every: Embeddings, u: str, v: str) -> Bool[Tensor, ""]:
+def several_samples(gathered: Embeddings, u: str, v: str) -> Bool[Tensor, ""]:
     """Whether u and v hold more than one sample: with one there are no negatives, and no loss."""
-    ids = every.ids[every.present[u] | every.present[v]]
+    ids = gathered.ids[gathered.present[u] | gathered.present[v]]
     return (ids != ids[:1]).any()
 
 
 @torch.no_grad()
 def weigh(
-    scores: Float[Tensor, " b"], every: Embeddings, u: str, v: str, counts: Bool[Tensor, " n"], sigma: float
+    scores: Float[Tensor, " b"], gathered: Embeddings, u: str, v: str, counts: Bool[Tensor, " n"], sigma: float
 ) -> Float[Tensor, " b"]:
     """DCLW's weights of local anchors, from the similarities of all anchors that count."""
-    all_scores = (every.z[u] * positive_mean(every, every, v)).sum(dim=1) / sigma
+    all_scores = (gathered.z[u] * positive_mean(gathered, gathered, v)).sum(dim=1) / sigma
     log_sum = all_scores.masked_fill(~counts, LOWEST).logsumexp(dim=0)
     # An anchor that counts is part of the sum; the others' weights must only be finite.
     return 2 - (scores / sigma - log_sum).clamp_max(0).exp() * counts.sum()

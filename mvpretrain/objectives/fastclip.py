@@ -10,9 +10,9 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mvpretrain.exchange import Exchange
-from mvpretrain.moving import Anchors, Gamma, Measured, MovingAverages, robust, temperature_parts
-from mvpretrain.objectives import AveragedConfig, Temperature
+from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.objectives._moving_average import Anchors, Gamma, Measured, MovingAverages, robust, temperature_parts
+from mvpretrain.objectives._settings import AveragedConfig, Temperature
 from mvpretrain.types import Embeddings, Losses
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -65,8 +65,8 @@ class FastCLIPConfig(AveragedConfig):
             raise ValueError("objective.scaled is false, but an individual temperature is the multiplier of its loss")
         return self
 
-    def build(self, views: Sequence[str], exchange: Exchange) -> FastCLIP:
-        return FastCLIP(self, views, exchange)
+    def build(self, views: Sequence[str], collectives: Collectives) -> FastCLIP:
+        return FastCLIP(self, views, collectives)
 
 
 class FastCLIP(nn.Module):
@@ -85,15 +85,15 @@ class FastCLIP(nn.Module):
     Adam's averages and the number of visits.
     """
 
-    def __init__(self, config: FastCLIPConfig, views: Sequence[str], exchange: Exchange):
+    def __init__(self, config: FastCLIPConfig, views: Sequence[str], collectives: Collectives):
         super().__init__()
         self.config, self.individual = config, config.tau == "individual"
-        self.averages = MovingAverages(config.settings(views), exchange, extra=4 if self.individual else 0)
+        self.averages = MovingAverages(config.settings(views), collectives, extra=4 if self.individual else 0)
         if config.tau == "global":
             self.log_temperature = config.temperature.parameter()
 
-    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
-        log_u, *kept = self.averages.read(local, every)
+    def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
+        log_u, *kept = self.averages.read(local, gathered)
         bounds, parts = self.config.temperature, {}
         if self.individual:
             kept = [kept[0].nan_to_num(nan=bounds.init), *(x.nan_to_num(nan=0.0) for x in kept[1:])]
@@ -104,13 +104,13 @@ class FastCLIP(nn.Module):
                 one = bounds.bounded(self.log_temperature)
                 parts["temperature"] = one[0].detach()
             tau = [one.expand(len(local.ids))] * len(self.averages.ways)
-        measured = self.averages.measure(local, every, log_u, tau)
+        measured = self.averages.measure(local, gathered, log_u, tau)
         losses = self.averages.total(measured, [self.loss(a, t) for a, t in zip(measured.anchors, tau, strict=True)])
         fields = [measured.log_u]
         if self.individual:
             fields += self.moved(kept, measured)
             parts = temperature_parts(measured.tau, measured.valid, bounds.min, bounds.max)
-        self.averages.write(every, fields)
+        self.averages.write(gathered, fields)
         return Losses(losses.total, losses.parts | parts)
 
     def loss(self, anchors: Anchors, tau: Float[Tensor, " b"]) -> Float[Tensor, " b"]:

@@ -10,13 +10,14 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from mvpretrain.config import unknown
-from mvpretrain.directed import Gradient, directed
-from mvpretrain.exchange import Exchange
-from mvpretrain.objectives import ObjectiveConfig, Temperature, pairs_of
-from mvpretrain.similarity import Sums, Weigh, all_pairs, anchored, has_positive, of_way
+from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.objectives._settings import Temperature, pairs_of
+from mvpretrain.similarity.all_pairs import Sums, Weigh, all_pairs, anchored, has_positive, of_way
+from mvpretrain.similarity.per_anchor import Gradient, directed
 from mvpretrain.types import Embeddings, Losses
 
-GATHERED = 2**31  # bytes of everyone's table above which `auto` takes the ring
+GATHERED = 2**31  # bytes of the gathered table above which `auto` takes the ring
 
 
 class InfoNCEConfig(ObjectiveConfig):
@@ -55,8 +56,8 @@ class InfoNCEConfig(ObjectiveConfig):
         if sum(self.weights.get(n, 1.0) for n in names) <= 0:
             raise ValueError("objective.weights leaves no pair with a weight above 0")
 
-    def build(self, views: Sequence[str], exchange: Exchange) -> InfoNCE:
-        return InfoNCE(self, pairs_of(self.pairs, views), exchange)
+    def build(self, views: Sequence[str], collectives: Collectives) -> InfoNCE:
+        return InfoNCE(self, pairs_of(self.pairs, views), collectives)
 
 
 class InfoNCE(nn.Module):
@@ -75,9 +76,9 @@ class InfoNCE(nn.Module):
     rows: 4 b n d multiplications a pair, both directions and the gradient. State: log tau, shape [1] or [pairs].
     """
 
-    def __init__(self, config: InfoNCEConfig, pairs: list[tuple[str, str]], exchange: Exchange):
+    def __init__(self, config: InfoNCEConfig, pairs: list[tuple[str, str]], collectives: Collectives):
         super().__init__()
-        self.pairs, self.config, self.exchange = pairs, config, exchange
+        self.pairs, self.config, self.collectives = pairs, config, collectives
         self.views = len({v for pair in pairs for v in pair})
         self.ways = [way for u, v in pairs for way in ((u, v), (v, u))]
         self.weigh: Weigh | None = None
@@ -89,19 +90,19 @@ class InfoNCE(nn.Module):
         """Whether a table of this many rows a rank is gathered, or passed round the ring of ranks."""
         if self.config.table != "auto" or self.config.gradient == "scalars":
             return self.config.table != "ring"
-        return rows * self.exchange.size * dim * self.views * 4 <= GATHERED
+        return rows * self.collectives.size * dim * self.views * 4 <= GATHERED
 
-    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
+    def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         temperature = self.config.temperature.bounded(self.log_temperature)
         per_pair = temperature.expand(len(self.pairs))
-        found = self._sums(local, every, self.pairs, 1 / per_pair, apart=False)
-        others = self._in_view(local, every, 1 / per_pair)
+        found = self._sums(local, gathered, self.pairs, 1 / per_pair, apart=False)
+        others = self._in_view(local, gathered, 1 / per_pair)
         parts: dict[str, Tensor] = {}
         values = []
         for p, (u, v) in enumerate(self.pairs):
             scale = 1 / per_pair[p]
             there, back = (
-                anchored(local, every, found[a, c], scale, others.get((p, a)), of_way(self.weigh, (a, c)))
+                anchored(local, gathered, found[a, c], scale, others.get((p, a)), of_way(self.weigh, (a, c)))
                 for a, c in ((u, v), (v, u))
             )
             values.append((there.loss + back.loss) / 2)
@@ -118,23 +119,23 @@ class InfoNCE(nn.Module):
     def _sums(
         self,
         local: Embeddings,
-        every: Embeddings,
+        gathered: Embeddings,
         pairs: list[tuple[str, str]],
         scales: Float[Tensor, " p"],
         apart: bool,
     ) -> dict[tuple[str, str], Sums]:
         if self.config.gradient == "features":
-            return all_pairs(local, every, pairs, scales, self.exchange, apart)
+            return all_pairs(local, gathered, pairs, scales, self.collectives, apart)
         ways = {way: p for p, (u, v) in enumerate(pairs) for way in ((u, v), (v, u))}
         each = scales[list(ways.values()), None].expand(-1, len(local.ids))
-        found = directed(local, every, list(ways), each, self.exchange, apart)
+        found = directed(local, gathered, list(ways), each, self.collectives, apart)
         return {
-            way: Sums(f.lse, f.best, f.positive, f.anchor, has_positive(every, every, *way).sum())
+            way: Sums(f.lse, f.best, f.positive, f.anchor, has_positive(gathered, gathered, *way).sum())
             for way, f in zip(ways, found, strict=True)
         }
 
     def _in_view(
-        self, local: Embeddings, every: Embeddings, scales: Float[Tensor, " p"]
+        self, local: Embeddings, gathered: Embeddings, scales: Float[Tensor, " p"]
     ) -> dict[tuple[int, str], Float[Tensor, " b"]]:
         """(pair, view) -> log-sum-exp of each local row over the other samples of its own view."""
         if not self.config.in_view:
@@ -144,6 +145,6 @@ class InfoNCE(nn.Module):
         asked = [tuple({v: None for pair in self.pairs for v in pair})] if shared else self.pairs
         sums = {}
         for p, views in enumerate(asked):
-            own = self._sums(local, every, [(v, v) for v in views], scales[p].expand(len(views)), apart=True)
+            own = self._sums(local, gathered, [(v, v) for v in views], scales[p].expand(len(views)), apart=True)
             sums |= {(p, v): own[v, v].lse for v in views}
         return {(p, v): sums[0 if shared else p, v] for p, pair in enumerate(self.pairs) for v in pair}

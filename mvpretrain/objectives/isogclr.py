@@ -10,9 +10,9 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mvpretrain.exchange import Exchange
-from mvpretrain.moving import Measured, MovingAverages, robust, temperature_parts
-from mvpretrain.objectives import AveragedConfig
+from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.objectives._moving_average import Measured, MovingAverages, robust, temperature_parts
+from mvpretrain.objectives._settings import AveragedConfig
 from mvpretrain.types import Embeddings, Losses
 
 
@@ -42,8 +42,8 @@ class ISogCLRConfig(AveragedConfig):
             raise ValueError(f"needs min <= init <= max, got min={self.min} init={self.init} max={self.max}")
         return self
 
-    def build(self, views: Sequence[str], exchange: Exchange) -> ISogCLR:
-        return ISogCLR(self, views, exchange)
+    def build(self, views: Sequence[str], collectives: Collectives) -> ISogCLR:
+        return ISogCLR(self, views, collectives)
 
 
 class ISogCLR(nn.Module):
@@ -63,21 +63,21 @@ class ISogCLR(nn.Module):
     Cost as sogclr. State: log u, tau and m for each id and direction (for each pair with `in_view`).
     """
 
-    def __init__(self, config: ISogCLRConfig, views: Sequence[str], exchange: Exchange):
+    def __init__(self, config: ISogCLRConfig, views: Sequence[str], collectives: Collectives):
         super().__init__()
         self.config = config
-        self.averages = MovingAverages(config.settings(views), exchange, extra=2)
+        self.averages = MovingAverages(config.settings(views), collectives, extra=2)
 
-    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
-        log_u, tau, momentum = self.averages.read(local, every)
+    def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
+        log_u, tau, momentum = self.averages.read(local, gathered)
         tau, momentum = tau.nan_to_num(nan=self.config.init), momentum.nan_to_num(nan=0.0)
         own = self.averages.by_way(tau, local)
         positive = self.config.published and not self.config.in_view
-        measured = self.averages.measure(local, every, log_u, own, positive_in_g=positive)
+        measured = self.averages.measure(local, gathered, log_u, own, positive_in_g=positive)
         losses = self.averages.total(
             measured, [robust(a, t, self.config.rho) for a, t in zip(measured.anchors, own, strict=True)]
         )
-        self.averages.write(every, [measured.log_u, *self.moved(tau, momentum, measured)])
+        self.averages.write(gathered, [measured.log_u, *self.moved(tau, momentum, measured)])
         parts = temperature_parts(measured.tau, measured.valid, self.config.min, self.config.max)
         return Losses(losses.total, losses.parts | parts)
 

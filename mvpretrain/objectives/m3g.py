@@ -12,9 +12,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mvpretrain.config import unknown
-from mvpretrain.exchange import Alone, Exchange
-from mvpretrain.numerics import transport
+from mvpretrain.distributed.collectives import Collectives, SingleProcess
 from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.transport import sinkhorn
 from mvpretrain.types import Embeddings, Losses
 
 
@@ -58,18 +58,18 @@ class M3GConfig(ObjectiveConfig):
         if len(set(chosen)) != len(chosen) or len(chosen) < 2:
             raise ValueError(f"objective.views is {chosen}; the matching gap needs two or more different views")
 
-    def build(self, views: Sequence[str], exchange: Exchange) -> M3G:
-        return M3G(self, self.listed(views), Alone() if self.scope == "rank" else exchange)
+    def build(self, views: Sequence[str], collectives: Collectives) -> M3G:
+        return M3G(self, self.listed(views), SingleProcess() if self.scope == "rank" else collectives)
 
-    def memory(self, views: int, rows: int, every: int, dim: int) -> int:
+    def memory(self, views: int, rows: int, gathered: int, dim: int) -> int:
         k = views if self.views == "all" else len(self.views)
-        n, own = (rows, rows) if self.scope == "rank" else (every, rows)
+        n, own = (rows, rows) if self.scope == "rank" else (gathered, rows)
         tables = (k - 1) * own * n + (k - 1) * (k - 2) // 2 * n * n
         # Costs, kernels (both ways round beyond three views) and the plan's pairs; six tables of a block and its sums.
-        block = max(n * n, min(n ** (k - 1), transport.BLOCK["cuda" if torch.cuda.is_available() else "cpu"]))
+        block = max(n * n, min(n ** (k - 1), sinkhorn.BLOCK["cuda" if torch.cuda.is_available() else "cpu"]))
         held = (3 + (k > 3)) * tables + 6 * block
-        wide = transport.REACH[torch.float32] * self.scale(k) < 2 * (k - 1) / k
-        return super().memory(views, rows, every, dim) + held * (8 if wide else 4) + 3 * k * n * dim * 4
+        wide = sinkhorn.REACH[torch.float32] * self.scale(k) < 2 * (k - 1) / k
+        return super().memory(views, rows, gathered, dim) + held * (8 if wide else 4) + 3 * k * n * dim * 4
 
 
 class Rows(NamedTuple):
@@ -108,54 +108,54 @@ class M3G(nn.Module):
     count. A plan that is not converged shows in `marginal_error` and `sweeps`. State: none.
     """
 
-    def __init__(self, config: M3GConfig, views: list[str], exchange: Exchange):
+    def __init__(self, config: M3GConfig, views: list[str], collectives: Collectives):
         super().__init__()
-        self.config, self.views, self.exchange = config, views, exchange
+        self.config, self.views, self.collectives = config, views, collectives
         self.epsilon = config.scale(len(views))
 
-    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
+    def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         k = len(self.views)
-        rows = chosen(local if self.config.scope == "rank" else every, self.views)
+        rows = chosen(local if self.config.scope == "rank" else gathered, self.views)
         zero = rows.z[0].new_zeros(())
         parts = {"gap": zero, "sweeps": zero, "marginal_error": zero, "accuracy": zero}
         parts["temperature"] = rows.z[0].new_tensor(k**2 * self.epsilon / 2)
         if not len(rows.ids):
             return Losses(torch.stack([z.sum() for z in rows.z]).sum(), parts)
-        plan, pull, accuracy = self.plan(rows)
+        plan, gradients, accuracy = self.plan(rows)
         matching = group_by_id(rows)
         gap = true_cost(matching) + self.epsilon * true_entropy(matching) - plan.value
         parts |= {"gap": gap.detach(), "marginal_error": plan.error, "accuracy": accuracy}
         parts["sweeps"] = torch.full_like(plan.value, plan.sweeps)
         # The plan's value moves as <P, dc> does, and this rank has its rows' part of P alone, in units of the batch.
-        moved = torch.stack([((z - z.detach()) * g).sum() for z, g in zip(rows.z, pull)]).sum()
-        here = 1 / self.exchange.size
+        moved = torch.stack([((z - z.detach()) * g).sum() for z, g in zip(rows.z, gradients)]).sum()
+        here = 1 / self.collectives.size
         return Losses(gap - moved / here, parts)
 
     @torch.no_grad()
-    def plan(self, rows: Rows) -> tuple[transport.Solution, list[Float[Tensor, "n d"]], Float[Tensor, ""]]:
+    def plan(self, rows: Rows) -> tuple[sinkhorn.Solution, list[Float[Tensor, "n d"]], Float[Tensor, ""]]:
         """(the plan, this rank's part of d value / d z, accuracy)."""
-        n, k, exchange = len(rows.ids), len(rows.z), self.exchange
-        own = slice(exchange.rank * n // exchange.size, (exchange.rank + 1) * n // exchange.size)
+        n, k, collectives = len(rows.ids), len(rows.z), self.collectives
+        own = slice(collectives.rank * n // collectives.size, (collectives.rank + 1) * n // collectives.size)
         z = [rows.z[0][own], *rows.z[1:]]
         pairs = list(combinations(range(k), 2))
         costs = [(z[u] @ z[v].T).sub_(1).mul_(-2 / k**2) for u, v in pairs]
-        solution = transport.solve(
+        solution = sinkhorn.solve(
             costs,
             self.epsilon,
             [x.new_full((len(x),), 1 / n) for x in z],
             self.config.tolerance,
             self.config.max_sweeps * k,
-            exchange.sum,
-            exchange.maximum,
+            collectives.sum,
+            collectives.maximum,
         )
-        pull = [torch.zeros_like(x) for x in rows.z]
-        to = [pull[0][own], *pull[1:]]
+        gradients = [torch.zeros_like(x) for x in rows.z]
+        to = [gradients[0][own], *gradients[1:]]
         for (u, v), table in zip(pairs, solution.pairs):
             to[u].addmm_(table, z[v], alpha=-2 / k**2)
             to[v].addmm_(table.T, z[u], alpha=-2 / k**2)
         hits = torch.stack(accurate(rows, own, solution.pairs[: k - 1])).to(z[0].dtype)
-        right, counted = exchange.sum(hits)
-        return solution, pull, right / counted.clamp_min(1)
+        right, counted = collectives.sum(hits)
+        return solution, gradients, right / counted.clamp_min(1)
 
 
 def chosen(table: Embeddings, views: Sequence[str]) -> Rows:

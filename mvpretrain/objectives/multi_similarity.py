@@ -11,10 +11,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from mvpretrain.exchange import Exchange, own_rows
-from mvpretrain.numerics.averages import classes
-from mvpretrain.numerics.tiles import LOWEST, logsumexp_of
-from mvpretrain.objectives import ObjectiveConfig, pairs_of
+from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.distributed.gather import own_rows
+from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.objectives._settings import pairs_of
+from mvpretrain.similarity.autograd import LOWEST, logsumexp_of
+from mvpretrain.similarity.groups import classes
 from mvpretrain.types import Embeddings, Losses
 
 
@@ -37,8 +39,8 @@ class MultiSimilarityConfig(ObjectiveConfig):
     def check(self, views: Sequence[str]) -> None:
         pairs_of(self.pairs, views)
 
-    def build(self, views: Sequence[str], exchange: Exchange) -> MultiSimilarity:
-        return MultiSimilarity(self, views, exchange)
+    def build(self, views: Sequence[str], collectives: Collectives) -> MultiSimilarity:
+        return MultiSimilarity(self, views, collectives)
 
 
 class MultiSimilarity(nn.Module):
@@ -55,27 +57,33 @@ class MultiSimilarity(nn.Module):
     tile by autograd; memory O(k n d) and some tiles. No state.
     """
 
-    def __init__(self, config: MultiSimilarityConfig, views: Sequence[str], exchange: Exchange):
+    def __init__(self, config: MultiSimilarityConfig, views: Sequence[str], collectives: Collectives):
         super().__init__()
-        self.config, self.exchange, self.pairs = config, exchange, pairs_of(config.pairs, views)
+        self.config, self.collectives, self.pairs = config, collectives, pairs_of(config.pairs, views)
 
-    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
-        theirs = classes(every.ids, every.labels) if self.config.labels else every.ids
-        mine = theirs[own_rows(local, self.exchange)]
+    def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
+        theirs = classes(gathered.ids, gathered.labels) if self.config.labels else gathered.ids
+        mine = theirs[own_rows(local, self.collectives)]
         parts: dict[str, Tensor] = {}
         for u, v in self.pairs:
-            both = self.one_way(local, every, u, v, mine, theirs) + self.one_way(local, every, v, u, mine, theirs)
+            both = self.one_way(local, gathered, u, v, mine, theirs) + self.one_way(local, gathered, v, u, mine, theirs)
             parts[f"loss/{u}-{v}"] = both / 2
         total = torch.stack(list(parts.values())).mean()
         return Losses(total, {name: value.detach() for name, value in parts.items()})
 
     def one_way(
-        self, local: Embeddings, every: Embeddings, u: str, v: str, mine: Int[Tensor, " b"], theirs: Int[Tensor, " n"]
+        self,
+        local: Embeddings,
+        gathered: Embeddings,
+        u: str,
+        v: str,
+        mine: Int[Tensor, " b"],
+        theirs: Int[Tensor, " n"],
     ) -> Float[Tensor, ""]:
         """Anchors of view u against candidates of view v, each with its class."""
-        c, there = self.config, every.present[v]
+        c, there = self.config, gathered.present[v]
         kind = torch.promote_types(local.z[u].dtype, torch.float32)
-        rows, columns = local.z[u].to(kind), every.z[v].to(kind)
+        rows, columns = local.z[u].to(kind), gathered.z[v].to(kind)
         least, most = self.mined(rows, columns, mine, theirs, there)
 
         def positive(left: tuple[Tensor, ...], right: tuple[Tensor, ...], _: tuple[Tensor, ...]) -> Tensor:
@@ -86,10 +94,10 @@ class MultiSimilarity(nn.Module):
             s, same = left[0] @ right[0].T, left[1][:, None] == right[1]
             return torch.where(~same & (s > left[2][:, None]), c.beta * (s - c.threshold), LOWEST)
 
-        pulled, _ = logsumexp_of(positive, (rows, mine, most), (columns, theirs), (), there)
+        weighted_by, _ = logsumexp_of(positive, (rows, mine, most), (columns, theirs), (), there)
         pushed, _ = logsumexp_of(negative, (rows, mine, least), (columns, theirs), (), there)
-        losses = softplus(pulled.clamp_min(LOWEST)) / c.alpha + softplus(pushed.clamp_min(LOWEST)) / c.beta
-        number = every.present[u].sum().clamp_min(1) * (len(local.ids) / len(every.ids))
+        losses = softplus(weighted_by.clamp_min(LOWEST)) / c.alpha + softplus(pushed.clamp_min(LOWEST)) / c.beta
+        number = gathered.present[u].sum().clamp_min(1) * (len(local.ids) / len(gathered.ids))
         return losses.masked_fill(~local.present[u], 0).sum() / number
 
     @torch.no_grad()

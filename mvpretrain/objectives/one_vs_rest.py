@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from mvpretrain.exchange import Exchange
-from mvpretrain.numerics.averages import mean_of_others
-from mvpretrain.objectives import ObjectiveConfig, Temperature
-from mvpretrain.similarity import Weigh, all_pairs, anchored, of_way
+from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.objectives._settings import Temperature
+from mvpretrain.similarity.all_pairs import Weigh, all_pairs, anchored, of_way
+from mvpretrain.similarity.groups import mean_of_others
 from mvpretrain.types import Embeddings, Losses
 
 SHORTEST = 1e-3  # views that cancel have a mean without direction: a shorter one is not stretched to length one
@@ -28,13 +29,13 @@ class OneVsRestConfig(ObjectiveConfig):
     normalize: bool = True
     temperature: Temperature = Temperature()
 
-    def build(self, views: Sequence[str], exchange: Exchange) -> OneVsRest:
-        return OneVsRest(self, views, exchange)
+    def build(self, views: Sequence[str], collectives: Collectives) -> OneVsRest:
+        return OneVsRest(self, views, collectives)
 
-    def memory(self, views: int, rows: int, every: int, dim: int) -> int:
+    def memory(self, views: int, rows: int, gathered: int, dim: int) -> int:
         # Averages: their sums, themselves and their gradients; local rows: the same, and gradients of their own.
-        averages = views * (3 * every + 6 * rows) + every + rows
-        return super().memory(views, rows, every, dim) + averages * dim * 4
+        averages = views * (3 * gathered + 6 * rows) + gathered + rows
+        return super().memory(views, rows, gathered, dim) + averages * dim * 4
 
 
 class OneVsRest(nn.Module):
@@ -52,25 +53,25 @@ class OneVsRest(nn.Module):
     or [k].
     """
 
-    def __init__(self, config: OneVsRestConfig, views: Sequence[str], exchange: Exchange):
+    def __init__(self, config: OneVsRestConfig, views: Sequence[str], collectives: Collectives):
         super().__init__()
-        self.config, self.views, self.exchange = config, list(views), exchange
+        self.config, self.views, self.collectives = config, list(views), collectives
         self.ways = [way for u in self.views for way in ((u, rest_of(u)), (rest_of(u), u))]
         self.weigh: Weigh | None = None
         self.log_temperature = config.temperature.parameter(len(self.views) if config.temperature.per_pair else 1)
 
-    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
+    def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         temperature = self.config.temperature.bounded(self.log_temperature)
         per_view = temperature.expand(len(self.views))
-        local, every = self.with_rest(local), self.with_rest(every)
+        local, gathered = self.with_rest(local), self.with_rest(gathered)
         pairs = [(u, rest_of(u)) for u in self.views]
-        sums = all_pairs(local, every, pairs, 1 / per_view, self.exchange)
+        sums = all_pairs(local, gathered, pairs, 1 / per_view, self.collectives)
         parts: dict[str, Tensor] = {}
         values = []
         for index, (u, rest) in enumerate(pairs):
             scale = 1 / per_view[index]
             there, back = (
-                anchored(local, every, sums[a, c], scale, weigh=of_way(self.weigh, (a, c)))
+                anchored(local, gathered, sums[a, c], scale, weigh=of_way(self.weigh, (a, c)))
                 for a, c in ((u, rest), (rest, u))
             )
             values.append((there.loss + back.loss) / 2)

@@ -11,9 +11,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from mvpretrain.exchange import Exchange
-from mvpretrain.numerics import tiles, tuples
-from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.objectives import ObjectiveConfig, _tuples
+from mvpretrain.similarity import autograd
 from mvpretrain.types import Embeddings, Losses
 
 FLAT = 1e-6  # added to squared singular values: a root has no gradient at 0
@@ -29,12 +29,12 @@ class PmrlConfig(ObjectiveConfig):
     instance_temperature: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     instance_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
 
-    def build(self, views: Sequence[str], exchange: Exchange) -> Pmrl:
+    def build(self, views: Sequence[str], collectives: Collectives) -> Pmrl:
         return Pmrl(self, views)
 
-    def memory(self, views: int, rows: int, every: int, dim: int) -> int:
-        table = every * dim * 4
-        return super().memory(views, rows, every, dim) + (4 * views + 6) * table + every * views**2 * 8 * 6
+    def memory(self, views: int, rows: int, gathered: int, dim: int) -> int:
+        table = gathered * dim * 4
+        return super().memory(views, rows, gathered, dim) + (4 * views + 6) * table + gathered * views**2 * 8 * 6
 
 
 class Pmrl(nn.Module):
@@ -63,15 +63,15 @@ class Pmrl(nn.Module):
         super().__init__()
         self.config, self.views = config, list(views)
 
-    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
-        mine, theirs = tuples.whole(local, self.views), tuples.whole(every, self.views)
+    def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
+        mine, theirs = _tuples.whole(local, self.views), _tuples.whole(gathered, self.views)
         here, there = spectrum(torch.stack(mine.z, dim=1)), spectrum(torch.stack(theirs.z, dim=1))
-        rows = tuples.rows_a_part(local, every, theirs)
+        rows = _tuples.rows_a_part(local, gathered, theirs)
         logits = here.values / self.config.spectral_temperature
         spectral = (logits.logsumexp(dim=1) - logits[:, 0]).sum() / rows
         scale = here.leading.new_full((1,), 1 / self.config.instance_temperature)
         valid = torch.ones_like(theirs.ids, dtype=torch.bool)
-        others, _ = tiles.logsumexp(here.leading, there.leading, scale, valid, apart=(mine.ids, theirs.ids))
+        others, _ = autograd.logsumexp(here.leading, there.leading, scale, valid, apart=(mine.ids, theirs.ids))
         own = scale * here.leading.square().sum(dim=1)
         instance = (torch.logaddexp(others, own) - own).sum() / rows
         shares = here.values[:, 0].square() / here.values.square().sum(dim=1)

@@ -11,12 +11,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from mvpretrain.exchange import Exchange
-from mvpretrain.numerics import tiles
-from mvpretrain.numerics.averages import mean_of_others
-from mvpretrain.numerics.tiles import LOWEST, together
-from mvpretrain.objectives import ObjectiveConfig, Temperature
-from mvpretrain.similarity import all_pairs, has_positive, positive_mean
+from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.objectives._settings import Temperature
+from mvpretrain.similarity import autograd
+from mvpretrain.similarity.all_pairs import all_pairs, has_positive, positive_mean
+from mvpretrain.similarity.autograd import LOWEST, together
+from mvpretrain.similarity.groups import mean_of_others
 from mvpretrain.types import Embeddings, Losses
 
 
@@ -34,14 +35,14 @@ class PolyviewConfig(ObjectiveConfig):
     def check(self, views: Sequence[str]) -> None:
         self.temperature.refuse_per_pair("polyview has one denominator over all views and so one temperature")
 
-    def build(self, views: Sequence[str], exchange: Exchange) -> Polyview:
-        return Polyview(self, views, exchange)
+    def build(self, views: Sequence[str], collectives: Collectives) -> Polyview:
+        return Polyview(self, views, collectives)
 
-    def memory(self, views: int, rows: int, every: int, dim: int) -> int:
+    def memory(self, views: int, rows: int, gathered: int, dim: int) -> int:
         # All views: a second gradient while it is added to the first, or the averages and their gradient; local rows:
         # the means of positives besides; and the products of one pair.
-        tables = 2 * every + rows if self.form == "sufficient" else every + 3 * rows
-        return super().memory(views, rows, every, dim) + (views * tables + 2 * (every + rows)) * dim * 4
+        tables = 2 * gathered + rows if self.form == "sufficient" else gathered + 3 * rows
+        return super().memory(views, rows, gathered, dim) + (views * tables + 2 * (gathered + rows)) * dim * 4
 
 
 class Polyview(nn.Module):
@@ -64,18 +65,18 @@ class Polyview(nn.Module):
     log tau, shape [1].
     """
 
-    def __init__(self, config: PolyviewConfig, views: Sequence[str], exchange: Exchange):
+    def __init__(self, config: PolyviewConfig, views: Sequence[str], collectives: Collectives):
         super().__init__()
-        self.config, self.views, self.exchange = config, list(views), exchange
+        self.config, self.views, self.collectives = config, list(views), collectives
         self.log_temperature = config.temperature.parameter()
 
-    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
+    def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         temperature = self.config.temperature.bounded(self.log_temperature)
-        scale, here = 1 / temperature, len(local.ids) / len(every.ids)
+        scale, here = 1 / temperature, len(local.ids) / len(gathered.ids)
         sufficient = self.config.form == "sufficient"
-        candidates = of_other_views(every, self.views) if sufficient else every
+        candidates = of_other_views(gathered, self.views) if sufficient else gathered
         negatives = average_negatives if sufficient else view_negatives
-        against = negatives(local, candidates, self.views, scale, self.exchange)
+        against = negatives(local, candidates, self.views, scale, self.collectives)
         means = {v: positive_mean(local, candidates, v) for v in self.views}
         parts: dict[str, Tensor] = {}
         sums, numbers = [], []
@@ -84,7 +85,7 @@ class Polyview(nn.Module):
             scores = torch.stack([scale * (local.z[a] * means[b]).sum(dim=1) for b in others])
             there = torch.stack([has_positive(local, candidates, a, b) for b in others])
             losses = average(logsigmoid(scores - against[a]), there, self.config.form)
-            everywhere = torch.stack([has_positive(every, candidates, a, b) for b in others]).any(dim=0)
+            everywhere = torch.stack([has_positive(gathered, candidates, a, b) for b in others]).any(dim=0)
             sums.append(losses.masked_fill(~there.any(dim=0), 0).sum())
             numbers.append(everywhere.sum().to(losses.dtype) * here)
             parts[f"loss/{a}"] = sums[-1].detach() / numbers[-1].clamp_min(here)
@@ -109,21 +110,21 @@ def of_other_views(table: Embeddings, views: Sequence[str]) -> Embeddings:
 
 
 def view_negatives(
-    local: Embeddings, every: Embeddings, views: Sequence[str], scale: Float[Tensor, "1"], exchange: Exchange
+    local: Embeddings, gathered: Embeddings, views: Sequence[str], scale: Float[Tensor, "1"], collectives: Collectives
 ) -> dict[str, Float[Tensor, " b"]]:
     """For each anchor view, log-sum-exp over all views of the other samples."""
     pairs = list(combinations_with_replacement(views, 2))
-    sums = all_pairs(local, every, pairs, scale.expand(len(pairs)), exchange, apart=True)
+    sums = all_pairs(local, gathered, pairs, scale.expand(len(pairs)), collectives, apart=True)
     return {a: together([sums[a, v].lse for v in views]) for a in views}
 
 
 def average_negatives(
-    local: Embeddings, candidates: Embeddings, views: Sequence[str], scale: Float[Tensor, "1"], exchange: Exchange
+    local: Embeddings, candidates: Embeddings, views: Sequence[str], scale: Float[Tensor, "1"], collectives: Collectives
 ) -> dict[str, Float[Tensor, " b"]]:
     """For each anchor view, log-sum-exp over all averages of the other samples."""
     apart = local.ids, candidates.ids
     sums = {
-        (a, v): tiles.logsumexp(local.z[a], candidates.z[v], scale, candidates.present[v], apart)[0]
+        (a, v): autograd.logsumexp(local.z[a], candidates.z[v], scale, candidates.present[v], apart)[0]
         for a in views
         for v in views
     }

@@ -12,11 +12,11 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from mvpretrain.exchange import Exchange
-from mvpretrain.numerics import tiles
-from mvpretrain.numerics.averages import count_by_key
+from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.objectives import ObjectiveConfig
-from mvpretrain.similarity import positive_mean
+from mvpretrain.similarity import autograd
+from mvpretrain.similarity.all_pairs import positive_mean
+from mvpretrain.similarity.groups import count_by_key
 from mvpretrain.types import Embeddings, Losses
 
 
@@ -33,12 +33,12 @@ class SigmoidConfig(ObjectiveConfig):
     learnable: bool = True
     per_pair: bool = False
 
-    def build(self, views: Sequence[str], exchange: Exchange) -> Sigmoid:
+    def build(self, views: Sequence[str], collectives: Collectives) -> Sigmoid:
         return Sigmoid(self, views)
 
-    def memory(self, views: int, rows: int, every: int, dim: int) -> int:
+    def memory(self, views: int, rows: int, gathered: int, dim: int) -> int:
         # Local rows: the means of positives, and the gradients of both; candidates: one view's gradient, twice.
-        return super().memory(views, rows, every, dim) + (3 * views * rows + 2 * every) * dim * 4
+        return super().memory(views, rows, gathered, dim) + (3 * views * rows + 2 * gathered) * dim * 4
 
 
 class Sigmoid(nn.Module):
@@ -61,14 +61,14 @@ class Sigmoid(nn.Module):
         self.log_scale = nn.Parameter(torch.full((length,), math.log(config.scale)), requires_grad=config.learnable)
         self.bias = nn.Parameter(torch.full((length,), config.bias), requires_grad=config.learnable)
 
-    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
+    def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         scale, bias = self.log_scale.exp(), self.bias
         scales, biases = scale.expand(len(self.pairs)).split(1), bias.expand(len(self.pairs)).split(1)
-        positives = {v: positive_mean(local, every, v) for v in dict.fromkeys(v for _, v in self.pairs)}
+        positives = {v: positive_mean(local, gathered, v) for v in dict.fromkeys(v for _, v in self.pairs)}
         parts: dict[str, Tensor] = {}
         values = []
         for (u, v), t, c in zip(self.pairs, scales, biases):
-            values.append(pair_loss(local, every, u, v, positives[v], t, c))
+            values.append(pair_loss(local, gathered, u, v, positives[v], t, c))
             parts[f"loss/{u}-{v}"] = values[-1].detach()
             if self.per_pair:
                 parts |= {f"scale/{u}-{v}": t[0].detach(), f"bias/{u}-{v}": c[0].detach()}
@@ -79,7 +79,7 @@ class Sigmoid(nn.Module):
 
 def pair_loss(
     local: Embeddings,
-    every: Embeddings,
+    gathered: Embeddings,
     u: str,
     v: str,
     positive: Float[Tensor, "b d"],
@@ -87,10 +87,10 @@ def pair_loss(
     bias: Float[Tensor, "1"],
 ) -> Float[Tensor, ""]:
     """This rank's rows of u against all rows of v; `positive` is the mean of those of v that carry the row's id."""
-    as_negatives = tiles.softplus_sum(local.z[u], every.z[v], scale, bias, every.present[v])
+    as_negatives = autograd.softplus_sum(local.z[u], gathered.z[v], scale, bias, gathered.present[v])
     # log sigmoid(x) = x - softplus(x), and log sigmoid(-x) = -softplus(x).
     logits = scale * (local.z[u] * positive).sum(dim=1) + bias
-    losses = as_negatives - count_by_key(every.ids, every.present[v], local.ids) * logits
-    rows = (every.present[u].sum() + every.present[v].sum()).clamp_min(1).to(losses.dtype) / 2
-    here = len(local.ids) / len(every.ids)  # the part of the global rows that each rank counts as its own
+    losses = as_negatives - count_by_key(gathered.ids, gathered.present[v], local.ids) * logits
+    rows = (gathered.present[u].sum() + gathered.present[v].sum()).clamp_min(1).to(losses.dtype) / 2
+    here = len(local.ids) / len(gathered.ids)  # the part of the global rows that each rank counts as its own
     return losses.masked_fill(~local.present[u], 0).sum() / (rows * here)

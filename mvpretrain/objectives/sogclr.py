@@ -9,9 +9,9 @@ from typing import Literal
 from pydantic import Field
 from torch import nn
 
-from mvpretrain.exchange import Exchange
-from mvpretrain.moving import Gamma, MovingAverages, robust
-from mvpretrain.objectives import AveragedConfig
+from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.objectives._moving_average import Gamma, MovingAverages, robust
+from mvpretrain.objectives._settings import AveragedConfig
 from mvpretrain.types import Embeddings, Losses
 
 
@@ -25,8 +25,8 @@ class SogCLRConfig(AveragedConfig):
     temperature: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     gamma: Gamma = Gamma(value=0.9)
 
-    def build(self, views: Sequence[str], exchange: Exchange) -> SogCLR:
-        return SogCLR(self, views, exchange)
+    def build(self, views: Sequence[str], collectives: Collectives) -> SogCLR:
+        return SogCLR(self, views, collectives)
 
 
 class SogCLR(nn.Module):
@@ -42,17 +42,17 @@ class SogCLR(nn.Module):
     one number an id and direction.
     """
 
-    def __init__(self, config: SogCLRConfig, views: Sequence[str], exchange: Exchange):
+    def __init__(self, config: SogCLRConfig, views: Sequence[str], collectives: Collectives):
         super().__init__()
         self.config = config
-        self.averages = MovingAverages(config.settings(views), exchange)
+        self.averages = MovingAverages(config.settings(views), collectives)
 
-    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
-        (old,) = self.averages.read(local, every)
+    def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
+        (old,) = self.averages.read(local, gathered)
         tau = old.new_full((len(local.ids),), self.config.temperature)
         doubled = math.log(2) if self.config.published and self.config.in_view else 0.0
         ways = len(self.averages.ways)
-        measured = self.averages.measure(local, every, old, [tau] * ways, lambda log_g: log_g + doubled)
+        measured = self.averages.measure(local, gathered, old, [tau] * ways, lambda log_g: log_g + doubled)
         losses = self.averages.total(measured, [robust(a, tau, 0.0) for a in measured.anchors])
-        self.averages.write(every, [measured.log_u])
+        self.averages.write(gathered, [measured.log_u])
         return losses

@@ -11,8 +11,8 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, WithJsonSchema, mod
 from torch import Tensor, nn
 
 from mvpretrain.config import Config, unknown
-from mvpretrain.exchange import Exchange
-from mvpretrain.objectives import ObjectiveConfig, door
+from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.objectives import ObjectiveConfig, registry
 from mvpretrain.types import Embeddings, Losses, Objective
 
 
@@ -23,7 +23,7 @@ class Term(Config):
     """
 
     objective: Annotated[
-        SerializeAsAny[ObjectiveConfig], BeforeValidator(door.parse), WithJsonSchema({"door": "objective"})
+        SerializeAsAny[ObjectiveConfig], BeforeValidator(registry.parse), WithJsonSchema({"registry": "objective"})
     ]
     weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     views: tuple[str, ...] | None = None
@@ -81,17 +81,17 @@ class SumConfig(ObjectiveConfig):
         terms = [term.model_copy(update={"objective": term.objective.for_dim(dim)}) for term in self.terms]
         return self.model_copy(update={"terms": tuple(terms)})
 
-    def build(self, views: Sequence[str], exchange: Exchange) -> Sum:
-        objectives = [term.objective.build(term.of(views), exchange) for term in self.terms]
+    def build(self, views: Sequence[str], collectives: Collectives) -> Sum:
+        objectives = [term.objective.build(term.of(views), collectives) for term in self.terms]
         return Sum(self.terms, [term.of(views) for term in self.terms], objectives)
 
-    def memory(self, views: int, rows: int, every: int, dim: int) -> int:
+    def memory(self, views: int, rows: int, gathered: int, dim: int) -> int:
         """The gathered table once, and what each term holds besides: all graphs live until the backward."""
         table = super().memory
-        total = table(views, rows, every, dim)
+        total = table(views, rows, gathered, dim)
         for term in self.terms:
             k = views if term.views is None else len(term.views)
-            total += term.objective.memory(k, rows, every, dim) - table(k, rows, every, dim)
+            total += term.objective.memory(k, rows, gathered, dim) - table(k, rows, gathered, dim)
         return total
 
 
@@ -112,11 +112,11 @@ class Sum(nn.Module):
         """Everyone's table is gathered where a term needs it; the others then use it too."""
         return any(getattr(x, "gathers", lambda *_: True)(rows, dim) for x in self.objectives)
 
-    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
+    def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         parts: dict[str, Tensor] = {}
         weighted = []
         for term, views, objective in zip(self.terms, self.views, self.objectives):
-            losses = objective(columns(local, views), columns(every, views))
+            losses = objective(columns(local, views), columns(gathered, views))
             weighted.append(term.weight * losses.total)
             parts[f"loss/{term.title}"] = losses.total.detach()
             parts |= {f"{term.title}/{name}": value for name, value in losses.parts.items()}
@@ -125,5 +125,5 @@ class Sum(nn.Module):
 
 def columns(table: Embeddings, views: Sequence[str]) -> Embeddings:
     """The table with these views only."""
-    z = {v: table.z[v] for v in views if v in table.z}  # everyone's table may come without
+    z = {v: table.z[v] for v in views if v in table.z}  # the gathered table may come without
     return table._replace(z=z, present={v: table.present[v] for v in views})

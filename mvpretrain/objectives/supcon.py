@@ -10,11 +10,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mvpretrain.exchange import Exchange, own_rows
-from mvpretrain.numerics.averages import classes, count_by_key, sum_by_key
-from mvpretrain.numerics.tiles import together
-from mvpretrain.objectives import ObjectiveConfig, Temperature
-from mvpretrain.similarity import all_pairs
+from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.distributed.gather import own_rows
+from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.objectives._settings import Temperature
+from mvpretrain.similarity.all_pairs import all_pairs
+from mvpretrain.similarity.autograd import together
+from mvpretrain.similarity.groups import classes, count_by_key, sum_by_key
 from mvpretrain.types import Embeddings, Losses
 
 
@@ -27,14 +29,14 @@ class SupConConfig(ObjectiveConfig):
     def check(self, views: Sequence[str]) -> None:
         self.temperature.refuse_per_pair("supcon has one denominator over all views and so one temperature")
 
-    def build(self, views: Sequence[str], exchange: Exchange) -> SupCon:
-        return SupCon(self, views, exchange)
+    def build(self, views: Sequence[str], collectives: Collectives) -> SupCon:
+        return SupCon(self, views, collectives)
 
-    def memory(self, views: int, rows: int, every: int, dim: int) -> int:
+    def memory(self, views: int, rows: int, gathered: int, dim: int) -> int:
         # All views: the gradients of both passes while they are added up; local rows: their positives besides; and
         # the sums by class and by id of one view.
-        tables = views * (2 * every + 3 * rows) + 4 * (every + rows)
-        return super().memory(views, rows, every, dim) + tables * dim * 4
+        tables = views * (2 * gathered + 3 * rows) + 4 * (gathered + rows)
+        return super().memory(views, rows, gathered, dim) + tables * dim * 4
 
 
 class SupCon(nn.Module):
@@ -53,48 +55,48 @@ class SupCon(nn.Module):
     the paper's tau is 0.1.
     """
 
-    def __init__(self, config: SupConConfig, views: Sequence[str], exchange: Exchange):
+    def __init__(self, config: SupConConfig, views: Sequence[str], collectives: Collectives):
         super().__init__()
-        self.config, self.views, self.exchange = config, list(views), exchange
+        self.config, self.views, self.collectives = config, list(views), collectives
         self.log_temperature = config.temperature.parameter()
 
-    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
+    def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         temperature = self.config.temperature.bounded(self.log_temperature)
-        scale, here = 1 / temperature, len(local.ids) / len(every.ids)
-        denominators = self.denominators(local, every, scale)
-        class_of_any = classes(every.ids, every.labels)
-        class_of_row = class_of_any[own_rows(local, self.exchange)]
-        points = torch.stack([held(every, v) for v in self.views]).sum(dim=0)
+        scale, here = 1 / temperature, len(local.ids) / len(gathered.ids)
+        denominators = self.denominators(local, gathered, scale)
+        class_of_any = classes(gathered.ids, gathered.labels)
+        class_of_row = class_of_any[own_rows(local, self.collectives)]
+        points = torch.stack([held(gathered, v) for v in self.views]).sum(dim=0)
         sums = sum_by_key(class_of_any, points, class_of_row)
         parts: dict[str, Tensor] = {}
         values, numbers = [], []
         for u in self.views:
-            counts = self.positives(every, u, local.ids, class_of_row, class_of_any)
-            all_counts = self.positives(every, u, every.ids, class_of_any, class_of_any)
-            own = sum_by_key(every.ids, held(every, u), local.ids)
+            counts = self.positives(gathered, u, local.ids, class_of_row, class_of_any)
+            all_counts = self.positives(gathered, u, gathered.ids, class_of_any, class_of_any)
+            own = sum_by_key(gathered.ids, held(gathered, u), local.ids)
             mean = (sums - own) / counts.clamp_min(1)[:, None]
             losses = denominators[u] - scale * (local.z[u] * mean).sum(dim=1)
             values.append(losses.masked_fill(~(local.present[u] & (counts > 0)), 0).sum())
-            numbers.append((every.present[u] & (all_counts > 0)).sum().to(scale.dtype) * here)
+            numbers.append((gathered.present[u] & (all_counts > 0)).sum().to(scale.dtype) * here)
             parts[f"loss/{u}"] = values[-1].detach() / numbers[-1].clamp_min(here)
         parts["temperature"] = temperature[0].detach()
         return Losses(torch.stack(values).sum() / torch.stack(numbers).sum().clamp_min(here), parts)
 
     def denominators(
-        self, local: Embeddings, every: Embeddings, scale: Float[Tensor, "1"]
+        self, local: Embeddings, gathered: Embeddings, scale: Float[Tensor, "1"]
     ) -> dict[str, Float[Tensor, " b"]]:
         """For each anchor view, log-sum-exp over all other points of all views."""
         pairs, own = list(combinations(self.views, 2)), [(v, v) for v in self.views]
-        sums = all_pairs(local, every, pairs, scale.expand(len(pairs)), self.exchange)
-        sums |= all_pairs(local, every, own, scale.expand(len(own)), self.exchange, apart=True)
+        sums = all_pairs(local, gathered, pairs, scale.expand(len(pairs)), self.collectives)
+        sums |= all_pairs(local, gathered, own, scale.expand(len(own)), self.collectives, apart=True)
         return {u: together([sums[u, v].lse for v in self.views]) for u in self.views}
 
     def positives(
-        self, every: Embeddings, u: str, ids: Int[Tensor, " b"], asked: Int[Tensor, " b"], known: Int[Tensor, " n"]
+        self, gathered: Embeddings, u: str, ids: Int[Tensor, " b"], asked: Int[Tensor, " b"], known: Int[Tensor, " n"]
     ) -> Int[Tensor, " b"]:
         """The number of positives of rows of view u with these ids and classes."""
-        count = sum(count_by_key(known, every.present[v], asked) for v in self.views)
-        return count - count_by_key(every.ids, every.present[u], ids)
+        count = sum(count_by_key(known, gathered.present[v], asked) for v in self.views)
+        return count - count_by_key(gathered.ids, gathered.present[u], ids)
 
 
 def held(table: Embeddings, v: str) -> Float[Tensor, "n d"]:

@@ -12,10 +12,10 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from mvpretrain.config import Config
-from mvpretrain.exchange import Exchange
-from mvpretrain.numerics import tiles, tuples
-from mvpretrain.numerics.bounded import bounded_exp
-from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.objectives import ObjectiveConfig, _tuples
+from mvpretrain.objectives._temperature import bounded_exp
+from mvpretrain.similarity import autograd
 from mvpretrain.types import Embeddings, Losses
 
 MIXED = -1  # stands for the sample of a tuple whose views come from several
@@ -52,17 +52,17 @@ class SymileConfig(ObjectiveConfig):
     negatives: Literal["linear", "quadratic"] = "linear"
     scale: Scale = Scale()
 
-    def build(self, views: Sequence[str], exchange: Exchange) -> Symile:
+    def build(self, views: Sequence[str], collectives: Collectives) -> Symile:
         return Symile(self, views)
 
-    def memory(self, views: int, rows: int, every: int, dim: int) -> int:
-        table = every * dim * 4
+    def memory(self, views: int, rows: int, gathered: int, dim: int) -> int:
+        table = gathered * dim * 4
         if self.negatives == "linear":
             combined = (views * (2 * views - 1) + 4) * table  # shuffled views and their products, for each anchor
         else:
-            numbers = views * every ** (views - 1) * 17  # of each combination, whose it is, and that it counts
+            numbers = views * gathered ** (views - 1) * 17  # of each combination, whose it is, and that it counts
             combined = numbers + 2 * views * table + 4 * views * 1024 * dim * 4
-        return super().memory(views, rows, every, dim) + combined
+        return super().memory(views, rows, gathered, dim) + combined
 
 
 class Symile(nn.Module):
@@ -97,12 +97,12 @@ class Symile(nn.Module):
         self.step: Tensor
         self.register_buffer("step", torch.zeros(1, dtype=torch.int64))
 
-    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
-        mine, theirs = tuples.whole(local, self.views), tuples.whole(every, self.views)
+    def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
+        mine, theirs = _tuples.whole(local, self.views), _tuples.whole(gathered, self.views)
         s, k, d = self.config.scale, len(self.views), theirs.z[0].shape[1]
         factor = bounded_exp(self.log_scale, s.min, s.max)
         scale = factor * d ** ((k - 1) / 2) if s.per_dim else factor
-        rows = tuples.rows_a_part(local, every, theirs)
+        rows = _tuples.rows_a_part(local, gathered, theirs)
         # Numbers of samples from 0 on, so that MIXED is none of them.
         known, samples = theirs.ids.unique(return_inverse=True)
         own = torch.searchsorted(known, mine.ids)
@@ -125,15 +125,15 @@ class Symile(nn.Module):
         return Losses(torch.stack(values).mean(), parts)
 
     @torch.no_grad()
-    def orders(self, every: tuples.Tuples, u: int) -> list[Int[Tensor, " n"]]:
+    def orders(self, gathered: _tuples.Tuples, u: int) -> list[Int[Tensor, " n"]]:
         """For each view but u, an order of the rows."""
         # Rows of one id have one hash; what they hold decides between them, so that their place in the table does not.
-        by_content = torch.stack(every.z).sum(dim=0)[:, 0].argsort()
+        by_content = torch.stack(gathered.z).sum(dim=0)[:, 0].argsort()
         k = len(self.views)
         found = []
         for v in (v for v in range(k) if v != u):
             salt = (self.step * k + u) * k + v
-            keys = scrambled(every.ids[by_content] + scrambled(salt))
+            keys = scrambled(gathered.ids[by_content] + scrambled(salt))
             found.append(by_content[keys.argsort(stable=True)])
         return found
 
@@ -154,7 +154,7 @@ def against_drawn(
 ) -> Against:
     """The t-th rows of the tables `rest` are a tuple; `samples` says whose rows they are, `own` whose the anchors."""
     products, owners = product(rest), owner(samples)
-    lse, best = tiles.logsumexp(anchor, products, scale, owners >= MIXED, apart=(own, owners))
+    lse, best = autograd.logsumexp(anchor, products, scale, owners >= MIXED, apart=(own, owners))
     with torch.no_grad():
         top = scale * (anchor * products[best]).sum(dim=1)
     return Against(lse, top.masked_fill(lse == -torch.inf, -torch.inf))
@@ -174,12 +174,14 @@ def against_all(
     def places(numbers: Tensor) -> list[Tensor]:
         return [numbers // n**place % n for place in range(len(rest))]
 
-    def score(rows: tuples.Tensors, columns: tuples.Tensors, shared: tuples.Tensors) -> Tensor:
+    def score(rows: _tuples.Tensors, columns: _tuples.Tensors, shared: _tuples.Tensors) -> Tensor:
         scale, *rest = shared
         return (rows[0] * scale) @ product([z[p] for z, p in zip(rest, places(columns[0]))]).T
 
     owners = owner([samples[p] for p in places(numbers)])
-    lse, best = tiles.logsumexp_of(score, (anchor,), (numbers,), (scale, *rest), owners >= MIXED, apart=(own, owners))
+    lse, best = autograd.logsumexp_of(
+        score, (anchor,), (numbers,), (scale, *rest), owners >= MIXED, apart=(own, owners)
+    )
     with torch.no_grad():
         top = scale * (anchor * product([z[p] for z, p in zip(rest, places(numbers[best]))])).sum(dim=1)
     return Against(lse, top.masked_fill(lse == -torch.inf, -torch.inf))

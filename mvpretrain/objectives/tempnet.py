@@ -12,9 +12,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import dropout, normalize
 
-from mvpretrain.exchange import Exchange
-from mvpretrain.moving import Gamma, MovingAverages, robust, temperature_parts
-from mvpretrain.objectives import AveragedConfig
+from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.objectives._moving_average import Gamma, MovingAverages, robust, temperature_parts
+from mvpretrain.objectives._settings import AveragedConfig
 from mvpretrain.types import Embeddings, Losses
 
 
@@ -48,10 +48,10 @@ class TempNetConfig(AveragedConfig):
             raise ValueError(f"objective.dim is {self.dim}, and embeddings have dim={dim}; remove objective.dim")
         return self.model_copy(update={"dim": dim})
 
-    def build(self, views: Sequence[str], exchange: Exchange) -> TempNet:
+    def build(self, views: Sequence[str], collectives: Collectives) -> TempNet:
         if self.dim is None:
             raise ValueError("objective.dim is missing: tempnet has a network on embeddings; set it to their width")
-        return TempNet(self, self.dim, views, exchange)
+        return TempNet(self, self.dim, views, collectives)
 
 
 class TempNet(nn.Module):
@@ -68,22 +68,22 @@ class TempNet(nn.Module):
     State: the networks, one a view; with gamma below 1, log u for each id and direction.
     """
 
-    def __init__(self, config: TempNetConfig, dim: int, views: Sequence[str], exchange: Exchange):
+    def __init__(self, config: TempNetConfig, dim: int, views: Sequence[str], collectives: Collectives):
         super().__init__()
         self.config = config
-        self.averages = MovingAverages(config.settings(views), exchange)
+        self.averages = MovingAverages(config.settings(views), collectives)
         self.views = list(dict.fromkeys(v for way in self.averages.ways for v in way))
         self.networks = nn.ModuleList(Predictor(config, dim) for _ in self.views)
 
-    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
-        (old,) = self.averages.read(local, every)
+    def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
+        (old,) = self.averages.read(local, gathered)
         predicted = {v: network(local.z[v].detach()) for v, network in zip(self.views, self.networks, strict=True)}
         tau = [predicted[a] for a, _ in self.averages.ways]
-        measured = self.averages.measure(local, every, old, tau)
+        measured = self.averages.measure(local, gathered, old, tau)
         losses = self.averages.total(
             measured, [robust(a, t, self.config.rho) for a, t in zip(measured.anchors, tau, strict=True)]
         )
-        self.averages.write(every, [measured.log_u])
+        self.averages.write(gathered, [measured.log_u])
         parts = temperature_parts(measured.tau, measured.valid, self.config.min, self.config.max)
         return Losses(losses.total, losses.parts | parts)
 

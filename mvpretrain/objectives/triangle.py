@@ -10,10 +10,10 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from mvpretrain.exchange import Exchange
-from mvpretrain.numerics import tuples
-from mvpretrain.numerics.tuples import Sides, Tensors, Tuples
-from mvpretrain.objectives import ObjectiveConfig, Temperature, anchors
+from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.objectives import ObjectiveConfig, _tuples
+from mvpretrain.objectives._settings import Temperature, anchors
+from mvpretrain.objectives._tuples import Sides, Tensors, Tuples
 from mvpretrain.types import Embeddings, Losses
 
 FLAT = 1e-6  # added to the squared area, times four: a root has no gradient at 0
@@ -41,13 +41,13 @@ class TriangleConfig(ObjectiveConfig):
         anchors(self.anchor, views)
         self.temperature.refuse_per_pair("triangle compares whole triples and has one temperature")
 
-    def build(self, views: Sequence[str], exchange: Exchange) -> Triangle:
+    def build(self, views: Sequence[str], collectives: Collectives) -> Triangle:
         return Triangle(self, views)
 
-    def memory(self, views: int, rows: int, every: int, dim: int) -> int:
-        packed = 2 * every * views * dim * 4  # whole triples, and their gradient
+    def memory(self, views: int, rows: int, gathered: int, dim: int) -> int:
+        packed = 2 * gathered * views * dim * 4  # whole triples, and their gradient
         times = views if self.anchor == "all" else 1
-        return super().memory(views, rows, every, dim) + times * packed + 512 * 1024 * 24 * 4
+        return super().memory(views, rows, gathered, dim) + times * packed + 512 * 1024 * 24 * 4
 
 
 class Triangle(nn.Module):
@@ -75,15 +75,15 @@ class Triangle(nn.Module):
         self.config, self.views, self.anchors = config, list(views), anchors(config.anchor, views)
         self.log_temperature = config.temperature.parameter()
 
-    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
+    def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         temperature = self.config.temperature.bounded(self.log_temperature)
-        mine, theirs = tuples.whole(local, self.views), tuples.whole(every, self.views)
-        rows = tuples.rows_a_part(local, every, theirs)
+        mine, theirs = _tuples.whole(local, self.views), _tuples.whole(gathered, self.views)
+        rows = _tuples.rows_a_part(local, gathered, theirs)
         parts = {"temperature": temperature[0].detach(), "area": (areas(*mine.z).sum() / rows).detach()}
         values = []
         for anchor in self.anchors:
             at, smoothing = self.views.index(anchor), self.config.label_smoothing
-            found = tuples.both_ways(self.score, sides(mine, at), sides(theirs, at), (temperature,), smoothing)
+            found = _tuples.both_ways(self.score, sides(mine, at), sides(theirs, at), (temperature,), smoothing)
             values.append(found.loss.sum() / rows)
             parts[f"loss/{anchor}"] = values[-1].detach()
             parts[f"accuracy/{anchor}"] = found.on_top.sum() / rows

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from mvpretrain.exchange import Exchange
+from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.objectives import ObjectiveConfig
 from mvpretrain.types import Embeddings, Losses
 
@@ -26,12 +26,12 @@ class VicregConfig(ObjectiveConfig):
     covariance: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     deviation: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
-    def build(self, views: Sequence[str], exchange: Exchange) -> Vicreg:
+    def build(self, views: Sequence[str], collectives: Collectives) -> Vicreg:
         return Vicreg(self, views)
 
-    def memory(self, views: int, rows: int, every: int, dim: int) -> int:
-        tables = 6 * every * views * dim * 4  # scaled, centred, their distances to the mean, and gradients
-        return super().memory(views, rows, every, dim) + tables + 3 * views * dim**2 * 4
+    def memory(self, views: int, rows: int, gathered: int, dim: int) -> int:
+        tables = 6 * gathered * views * dim * 4  # scaled, centred, their distances to the mean, and gradients
+        return super().memory(views, rows, gathered, dim) + tables + 3 * views * dim**2 * 4
 
 
 class Vicreg(nn.Module):
@@ -59,10 +59,10 @@ class Vicreg(nn.Module):
         super().__init__()
         self.config, self.views = config, list(views)
 
-    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
-        z = torch.stack([every.z[v] for v in self.views], dim=1)
+    def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
+        z = torch.stack([gathered.z[v] for v in self.views], dim=1)
         z = z.to(torch.promote_types(z.dtype, torch.float32))
-        present = torch.stack([every.present[v] for v in self.views], dim=1)
+        present = torch.stack([gathered.present[v] for v in self.views], dim=1)
         invariance = distance_between_views(z, present)
         scaled = z * z.shape[2] ** 0.5
         terms = [spread(x[p], self.config.deviation) for x, p in zip(scaled.unbind(1), present.unbind(1))]

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mvpretrain.shards.index import Index
-from mvpretrain.shards.sources import BINARY, Plan, folder_plans, labelled, safe, table_plans
+from mvpretrain.shards.plans import BINARY, Plan, folder_plans, labelled, safe, table_plans
 
 
 class Written(NamedTuple):

@@ -1,4 +1,4 @@
-"""The door to views: one raw field of a sample to one item of fixed shape. One file a kind."""
+"""The registry to views: one raw field of a sample to one item of fixed shape. One file a kind."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mvpretrain.config import Door, Foreign, Kind, call_foreign
+from mvpretrain.registry import External, Kind, Registry, build_external
 from mvpretrain.types import Transform, View
 
 
@@ -44,14 +44,14 @@ class ViewConfig(Kind):
         return self
 
 
-class ForeignView(ViewConfig, Foreign):
+class ExternalView(ViewConfig, External):
     """A user's own transform, `__call__(raw) -> View` and `blank() -> View`, by import path."""
 
     def build(self, train: bool) -> Transform:
-        return call_foreign(self, train=train)
+        return build_external(self, train=train)
 
 
-door = Door("mvpretrain.views", ViewConfig, ForeignView, "view")
+registry = Registry("mvpretrain.views", ViewConfig, ExternalView, "view")
 
 
 def piece(values: Tensor, length: int, train: bool) -> View:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from mvpretrain.encoders import build, door
+from mvpretrain.encoders import build, registry
 from mvpretrain.types import View
-from tests.encoders.test_door import BERT, CLIP, SMALL
+from tests.encoders.test_registry import BERT, CLIP, SMALL
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def test_huggingface_pools_the_hidden_states_of_the_folder(folder: str) -> None:
 def test_huggingface_portable_settings_name_no_folder(folder: str) -> None:
     settings = {"kind": "huggingface", "folder": folder, "pooling": "cls"}
     encoder: Any = build(settings).eval()
-    portable = door.parse(settings).portable(encoder)
+    portable = registry.parse(settings).portable(encoder)
     assert folder not in portable.model_dump_json()
     other: Any = build(portable).eval()
     other.load_state_dict(encoder.state_dict())
@@ -221,7 +221,7 @@ def test_huggingface_takes_waveforms_spectrograms_and_encoders_of_pairs() -> Non
     pair = {"model_type": "t5", "vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
     text = View(torch.ones(2, 4, dtype=torch.int64))
     encoder = build({"kind": "huggingface", "config": pair}).eval()
-    other = build(door.parse({"kind": "huggingface", "config": pair}).portable(encoder)).eval()
+    other = build(registry.parse({"kind": "huggingface", "config": pair}).portable(encoder)).eval()
     other.load_state_dict(encoder.state_dict())
     assert torch.equal(other(text), encoder(text))
     assert "model.embed_tokens.weight" in encoder.state_dict()

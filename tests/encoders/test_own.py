@@ -10,8 +10,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from mvpretrain.blocks import Block, masked_mean, plain_parameters, repeated
 from mvpretrain.encoders import build
+from mvpretrain.encoders._layers import Block, masked_mean, plain_parameters, repeated
 from mvpretrain.types import View
 
 

@@ -9,12 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from mvpretrain import objectives, optim
-from mvpretrain.exchange import Exchange
-from mvpretrain.optim import OptimizerConfig
-from mvpretrain.task import Task
-from mvpretrain.teacher import TeacherConfig
-from mvpretrain.tower import HeadConfig, Tower, TowerConfig
+from mvpretrain import objectives
+from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.engine.optimizer import OptimizerConfig, build_optimizer
+from mvpretrain.model.heads import HeadConfig
+from mvpretrain.model.task import Task
+from mvpretrain.model.teacher import TeacherConfig
+from mvpretrain.model.tower import Tower, TowerConfig
 from mvpretrain.types import Batch, View
 
 ROWS, WIDTH, DIM = 12, 6, 5
@@ -54,7 +55,7 @@ def tower(**changes: Any) -> TowerConfig:
 def task_of(
     k: int,
     dtype: torch.dtype,
-    exchange: Exchange,
+    collectives: Collectives,
     objective: Any = None,
     teacher: TeacherConfig | None = None,
     **changes: Any,
@@ -69,24 +70,24 @@ def task_of(
         objective = {"kind": "infonce", "temperature": {"init": 0.2, "per_pair": True}}
     if isinstance(objective, dict):
         names = [*views, *(teacher.names(views) if teacher else ())]
-        objective = objectives.build(objective, names, exchange, DIM)
+        objective = objectives.build(objective, names, collectives, DIM)
     elif isinstance(objective, type):
         objective = objective()
     towers = {t: tower(**changes) for t in sorted(set(views.values()))}
-    return Task(views, towers, DIM, objective, exchange, teacher=teacher).to(dtype)
+    return Task(views, towers, DIM, objective, collectives, teacher=teacher).to(dtype)
 
 
 def engine_of(kind: str, task: Any = None, optimizer: Any = None, size: int = 1, **settings: Any) -> Any:
-    """A task under an engine; `task` makes it from an exchange, `optimizer` from the task (default: SGD, rate 1)."""
+    """A task under an engine; `task` makes it from an collectives, `optimizer` from the task (default: SGD, rate 1)."""
     from mvpretrain.engine import start, wrap
-    from mvpretrain.recipe import EngineConfig
+    from mvpretrain.engine.settings import EngineConfig
 
     options = settings.pop("options", {})
     if kind == "zero3":  # else DeepSpeed keeps parameters as small as these whole
         options = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} | options
     config = EngineConfig(**{"kind": kind, "options": options, "device": "cpu", "clip": None, "threads": 1} | settings)
     world = start(config)
-    made = (task or (lambda exchange: task_of(3, torch.float32, exchange)))(world.exchange)
+    made = (task or (lambda collectives: task_of(3, torch.float32, collectives)))(world.collectives)
     trained = [p for p in made.parameters() if p.requires_grad]
     made.to(world.device)
     return wrap(world, made, optimizer(made) if optimizer else torch.optim.SGD(trained, lr=1.0), config, batch=ROWS)
@@ -94,7 +95,7 @@ def engine_of(kind: str, task: Any = None, optimizer: Any = None, size: int = 1,
 
 def optimizer_of(task: Task, kind: str = "adamw", lr: float = 0.05) -> torch.optim.Optimizer:
     towers = {name: cast(Tower, module).config for name, module in task.towers.items()}
-    return optim.build(task, towers, OptimizerConfig(kind=kind, lr=lr))
+    return build_optimizer(task, towers, OptimizerConfig(kind=kind, lr=lr))
 
 
 def digest(state: Any) -> str:

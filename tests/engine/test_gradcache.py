@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mvpretrain.engine import gradcache
-from mvpretrain.recipe import EngineConfig
-from mvpretrain.tower import HeadConfig
+from mvpretrain.engine.settings import EngineConfig
+from mvpretrain.model.heads import HeadConfig
 from mvpretrain.types import Embeddings, Losses, View
 from tests.engine.small import DIM, ROWS, batch_of, engine_of, optimizer_of, rows_of, task_of
 from tests.engine.test_gradients import CLIP, TOWERS, descended, errors
@@ -29,13 +29,13 @@ class Critic(nn.Module):
         self.register_buffer("calls", torch.zeros(1))
         self.noise = 0.0
 
-    def forward(self, local: Embeddings, every: Embeddings) -> Losses:
+    def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         self.calls += 1
-        here, there = local.present["v0"], every.present["v0"]
-        scores = self.bilinear(local.z["v0"]) @ every.z["v1"].T
+        here, there = local.present["v0"], gathered.present["v0"]
+        scores = self.bilinear(local.z["v0"]) @ gathered.z["v1"].T
         rows = scores.masked_fill(~there, -torch.inf).logsumexp(dim=1)
         rows = rows + (local.z["v0"] - local.z["v2"]).square().sum(dim=1)
-        total = rows.masked_fill(~here, 0).sum() / there.sum() * (len(every.ids) / len(local.ids))
+        total = rows.masked_fill(~here, 0).sum() / there.sum() * (len(gathered.ids) / len(local.ids))
         return Losses(total * (1 + self.noise * torch.rand(())) if self.noise else total, {})
 
 
@@ -129,7 +129,7 @@ class Spare(Critic):
 
 
 def spared(rank: int, kind: str) -> tuple[bool, bool]:
-    engine = engine_of(kind, lambda exchange: task_of(3, torch.float32, exchange, Spare), micro_batch=2)
+    engine = engine_of(kind, lambda collectives: task_of(3, torch.float32, collectives, Spare), micro_batch=2)
     stepped = [engine.step(rows_of(batch_of(3), rank, 2)).stepped for _ in range(3)]
     return all(stepped), bool(torch.equal(engine.weights().get("objective.spare", torch.ones(3)), torch.ones(3)))
 
@@ -143,8 +143,8 @@ def noisy_step(rank: int, kind: str, micro_batch: int) -> dict[str, Any]:
     """One step with dropout, batch statistics and a noisy objective, and the same by hand: chunks in one graph."""
     changes = {"encoder": {"dropout": 0.4}, "head": HeadConfig(layers=2, norm="batch")}
 
-    def made(exchange: Any) -> Any:
-        task = task_of(3, torch.float64, exchange, Critic, **changes)
+    def made(collectives: Any) -> Any:
+        task = task_of(3, torch.float64, collectives, Critic, **changes)
         task.get_submodule("objective").noise = 0.5  # type: ignore[assignment]
         return task
 
@@ -152,7 +152,7 @@ def noisy_step(rank: int, kind: str, micro_batch: int) -> dict[str, Any]:
     batch = rows_of(batch_of(3, torch.float64), rank, engine.world.size)
     torch.manual_seed(5 + rank)
     assert engine.step(batch).stepped
-    left, task = torch.get_rng_state(), made(engine.world.exchange)
+    left, task = torch.get_rng_state(), made(engine.world.collectives)
     torch.manual_seed(5 + rank)
     count = -(-len(batch.ids) // micro_batch)
     parts = [gradcache.part(batch, b.start, b.stop) for b in pieces(len(batch.ids), count)]
@@ -160,7 +160,7 @@ def noisy_step(rank: int, kind: str, micro_batch: int) -> dict[str, Any]:
     joined = {v: torch.cat([t.z[v] for t in tables]) for v in tables[0].z}
     trained = list(task.parameters())
     gradients = torch.autograd.grad(task.score(Embeddings(joined, *batch[1:])).total, trained)
-    gradients = [engine.world.exchange.sum(g) / engine.world.size for g in gradients]
+    gradients = [engine.world.collectives.sum(g) / engine.world.size for g in gradients]
     with torch.no_grad():
         for p, g in zip(trained, gradients):
             p -= g
@@ -186,7 +186,9 @@ def test_random_numbers_and_statistics_on_ranks(ranks):
 
 def counted(rank: int, kind: str, micro_batch: int | None) -> float:
     """The objective's count after two steps, begun at another number on each rank."""
-    engine = engine_of(kind, lambda exchange: task_of(3, torch.float32, exchange, Critic), micro_batch=micro_batch)
+    engine = engine_of(
+        kind, lambda collectives: task_of(3, torch.float32, collectives, Critic), micro_batch=micro_batch
+    )
     calls = engine.task.get_buffer("objective.calls")
     calls += 100 * rank
     for _ in range(2):
@@ -333,8 +335,8 @@ def test_the_breakdown_has_both_passes():
     engine = engine_of("none", micro_batch=2)
     for _ in range(3):
         engine.step(batch_of(3))
-    assert engine.task.stopwatch.count == 3
-    figures = engine.task.stopwatch.figures()
+    assert engine.task.phase_timer.count == 3
+    figures = engine.task.phase_timer.figures()
     assert all(figures[phase] > 0 for phase in ("encode", "gather", "objective", "backward", "optimizer"))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvpretrain.exchange import Alone
+from mvpretrain.distributed.collectives import SingleProcess
 from mvpretrain.types import Batch
 from tests.engine.small import batch_of, engine_of, optimizer_of, rows_of, task_of
 
@@ -18,7 +18,7 @@ CLIP = 0.05  # well below the first gradient's norm
 def descended(rank: int, kind: str, k: int, steps: int, changes: dict, batch: Batch, settings: dict) -> dict:
     """What the engine's weights are after some steps of plain descent with a rate of 1 (runs on every rank)."""
     dtype = next(iter(batch.views.values())).data.dtype
-    engine = engine_of(kind, lambda exchange: task_of(k, dtype, exchange, **changes), **settings)
+    engine = engine_of(kind, lambda collectives: task_of(k, dtype, collectives, **changes), **settings)
     mine = rows_of(batch, rank, engine.world.size)
     for _ in range(steps):
         assert engine.step(mine).stepped
@@ -28,7 +28,7 @@ def descended(rank: int, kind: str, k: int, steps: int, changes: dict, batch: Ba
 def reference(k: int, steps: int, changes: dict, batch: Batch, clip: float | None = None) -> dict[str, Tensor]:
     """The same descent by hand, in one process on the whole batch, in float64."""
     views = {v: x._replace(data=x.data.double()) for v, x in batch.views.items()}
-    task = task_of(k, torch.float64, Alone(), **changes)
+    task = task_of(k, torch.float64, SingleProcess(), **changes)
     trained = [p for p in task.parameters() if p.requires_grad]
     for _ in range(steps):
         gradients = torch.autograd.grad(task(batch._replace(views=views)).total, trained)
@@ -100,7 +100,7 @@ def test_without_clip_a_large_gradient_passes_whole(ranks, kind):
 
 def norm_and_change(rank: int, kind: str, batch: Batch) -> tuple[float, float]:
     """The gradient's norm, and how far a step of rate 1 went."""
-    engine = engine_of(kind, lambda exchange: task_of(2, torch.float32, exchange, Scaled(100.0)))
+    engine = engine_of(kind, lambda collectives: task_of(2, torch.float32, collectives, Scaled(100.0)))
     before = engine.weights()
     done = engine.step(rows_of(batch, rank, 2))
     after = engine.weights()
@@ -115,7 +115,7 @@ class Scaled(torch.nn.Module):
         super().__init__()
         self.factor = factor
 
-    def forward(self, local, every):
+    def forward(self, local, gathered):
         from mvpretrain.types import Losses
 
         return Losses(self.factor * (local.z["v0"] - local.z["v1"]).square().sum(dim=1).mean(), {})

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvpretrain.tower import HeadConfig
+from mvpretrain.model.heads import HeadConfig
 from mvpretrain.types import Losses
 from tests.engine.small import batch_of, engine_of, held, optimizer_of, rows_of, task_of
 
@@ -22,7 +22,7 @@ class Breaking(torch.nn.Module):
         super().__init__()
         self.rank, self.breaks = rank, ""
 
-    def forward(self, local: Any, every: Any) -> Losses:
+    def forward(self, local: Any, gathered: Any) -> Losses:
         total = (local.z["v0"] - local.z["v1"]).square().sum(dim=1).mean()
         total = total + (local.z["v0"] - local.z["v2"]).square().sum(dim=1).mean()
         if self.breaks == "value" and self.rank == 1:

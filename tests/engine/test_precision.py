@@ -19,8 +19,8 @@ class Spy(torch.nn.Module):
         super().__init__()
         self.seen: list[Any] = []
 
-    def forward(self, local: Any, every: Any) -> Losses:
-        product = local.z["v0"] @ every.z["v1"].T
+    def forward(self, local: Any, gathered: Any) -> Losses:
+        product = local.z["v0"] @ gathered.z["v1"].T
         self.seen += [torch.is_autocast_enabled("cpu"), str(product.dtype), str(local.z["v2"].dtype)]
         return Losses(product.square().mean() + (local.z["v0"] - local.z["v2"]).square().mean(), {})
 
@@ -30,7 +30,7 @@ def two_steps(rank: int, kind: str, precision: str, spy: bool) -> dict[str, Any]
     inside: list[str] = []
     engine = engine_of(
         kind,
-        lambda exchange: task_of(3, torch.float32, exchange, objective),
+        lambda collectives: task_of(3, torch.float32, collectives, objective),
         optimizer_of,
         precision=precision,
         clip=1.0,

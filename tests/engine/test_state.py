@@ -10,21 +10,25 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mvpretrain import checkpoint, objectives, recipe, sharded
-from mvpretrain.checkpoint import Place
+from mvpretrain import objectives, recipe
+from mvpretrain.data.loader import Cursor
+from mvpretrain.distributed import sample_state
 from mvpretrain.engine import encoding
-from mvpretrain.shards.stream import Cursor
-from mvpretrain.teacher import TeacherConfig
-from mvpretrain.tower import HeadConfig
+from mvpretrain.model.heads import HeadConfig
+from mvpretrain.model.teacher import TeacherConfig
+from mvpretrain.training import checkpoint
+from mvpretrain.training.checkpoint import TrainState
 from tests.engine.small import batch_of, engine_of, held, optimizer_of, rows_of, task_of
 
-HERE = Place(3, Cursor(0, (36,)), {}, {})
+HERE = TrainState(3, Cursor(0, (36,)), {}, {})
 
 
 def noisy(kind: str, norm: str = "batch", teacher: TeacherConfig | None = None, **settings: Any) -> Any:
     """An engine whose steps draw random numbers (dropout), with moments (AdamW) and batch statistics."""
     changes = {"encoder": {"dropout": 0.3}, "head": HeadConfig(layers=2, norm=norm), "teacher": teacher}
-    return engine_of(kind, lambda exchange: task_of(3, torch.float32, exchange, **changes), optimizer_of, **settings)
+    return engine_of(
+        kind, lambda collectives: task_of(3, torch.float32, collectives, **changes), optimizer_of, **settings
+    )
 
 
 def advance(engine: Any, start: int, steps: int) -> list[float]:
@@ -181,14 +185,14 @@ INDIVIDUAL = {"kind": "isogclr", "init": 0.3, "gamma": {"value": 0.5}}
 def individual(kind: str, dtype: torch.dtype, **settings: Any) -> Any:
     """An engine whose objective keeps numbers by sample id."""
 
-    def made(exchange: Any) -> Any:
-        return task_of(3, dtype, exchange, objectives.build(INDIVIDUAL, ["v0", "v1", "v2"], exchange))
+    def made(collectives: Any) -> Any:
+        return task_of(3, dtype, collectives, objectives.build(INDIVIDUAL, ["v0", "v1", "v2"], collectives))
 
     return engine_of(kind, made, optimizer_of, **settings)
 
 
 def kept(engine: Any) -> dict[int, list[float]]:
-    ids, rows = next(part for _, part in sharded.of(engine.task)).items()
+    ids, rows = next(part for _, part in sample_state.of(engine.task)).items()
     return dict(zip(ids.tolist(), rows.tolist(), strict=True))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mvpretrain import encoders
-from mvpretrain.tower import TowerConfig, by_length
+from mvpretrain.model.tower import TowerConfig, by_length
 from mvpretrain.types import View
 from tests.engine.small import batch_of, engine_of, rows_of, task_of
 
@@ -76,7 +76,7 @@ def test_views_without_lengths_are_refused():
 
 def weights_of(rank: int, kind: str, settings: dict[str, Any], steps: int) -> dict[str, Tensor]:
     batch = batch_of(3)
-    engine = engine_of(kind, lambda exchange: task_of(3, torch.float32, exchange), **settings)
+    engine = engine_of(kind, lambda collectives: task_of(3, torch.float32, collectives), **settings)
     for _ in range(steps):
         assert engine.step(rows_of(batch, rank, engine.world.size)).stepped
     return engine.weights()

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mvpretrain.exchange import Alone
-from mvpretrain.task import Task
-from mvpretrain.teacher import TeacherConfig
-from mvpretrain.tower import HeadConfig
+from mvpretrain.distributed.collectives import SingleProcess
+from mvpretrain.model.heads import HeadConfig
+from mvpretrain.model.task import Task
+from mvpretrain.model.teacher import TeacherConfig
 from mvpretrain.types import Batch
 from tests.engine.small import ROWS, batch_of, engine_of, held, optimizer_of, rows_of, task_of
 from tests.engine.test_nonfinite import Breaking
@@ -48,16 +48,16 @@ def infonce(u: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor], log_tau: Tensor)
 
 def by_hand(queue: int) -> dict[str, Tensor]:
     """Weights of students and teachers, and the queue, after some steps of plain descent on whole batches."""
-    task = task_of(3, torch.float64, Alone(), **settings(0))
+    task = task_of(3, torch.float64, SingleProcess(), **settings(0))
     trained = [p for p in task.parameters() if p.requires_grad]
     towers = {"v0": "t0", "v1": "t0", "v2": "t2"}
     past: list[dict[str, Any]] = []
     for batch in batches(torch.float64):
         rows = {v: normalize(task.towers[t](batch.views[v]), dim=1) for v, t in towers.items()}
         with torch.no_grad():
-            taught = {v: normalize(task.teacher.towers[towers[v]](batch.views[v]), dim=1) for v in ("v1", "v2")}
+            teacher_rows = {v: normalize(task.teacher.towers[towers[v]](batch.views[v]), dim=1) for v in ("v1", "v2")}
         columns = {v: (z[batch.present[v]], batch.ids[batch.present[v]]) for v, z in rows.items()}
-        for v, z in taught.items():
+        for v, z in teacher_rows.items():
             kept = [x for x in past if x["present"][v]]
             older = torch.stack([x[v] for x in kept]) if kept else z[:0]
             ids = torch.tensor([x["id"] for x in kept], dtype=torch.int64)
@@ -72,8 +72,8 @@ def by_hand(queue: int) -> dict[str, Tensor]:
         for name, p in task.teacher.towers.named_parameters():
             p.copy_(MOMENTUM * p + (1 - MOMENTUM) * task.towers.get_parameter(name).detach())
         for i in range(ROWS):
-            present = {v: bool(batch.present[v][i]) for v in taught}
-            past.append({"id": int(batch.ids[i]), "present": present, **{v: taught[v][i] for v in taught}})
+            present = {v: bool(batch.present[v][i]) for v in teacher_rows}
+            past.append({"id": int(batch.ids[i]), "present": present, **{v: teacher_rows[v][i] for v in teacher_rows}})
         past = past[-queue:] if queue else []
     return {k: v.detach() for k, v in task.state_dict().items()} | listed(past, queue)
 
@@ -90,21 +90,21 @@ def listed(past: list[dict[str, Any]], queue: int) -> dict[str, Tensor]:
     return {f"teacher.queue.{name}": value for name, value in queued.items()}
 
 
-def taught(rank: int, kind: str, dtype: torch.dtype, changes: dict, **options: Any) -> dict[str, Tensor]:
+def teacher_rows(rank: int, kind: str, dtype: torch.dtype, changes: dict, **options: Any) -> dict[str, Tensor]:
     """What an engine has after the same steps; the queue must be the same on every rank."""
-    engine = engine_of(kind, lambda exchange: task_of(3, dtype, exchange, **changes), **options)
+    engine = engine_of(kind, lambda collectives: task_of(3, dtype, collectives, **changes), **options)
     for batch in batches(dtype):
         assert engine.step(rows_of(batch, rank, engine.world.size)).stepped
     queue = engine.task.teacher.queue
     if queue is not None:
-        spread = engine.world.exchange.maximum(queue.z) + engine.world.exchange.maximum(-queue.z)
+        spread = engine.world.collectives.maximum(queue.z) + engine.world.collectives.maximum(-queue.z)
         assert not spread.any()
     return engine.weights()
 
 
 def assert_as_by_hand(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
     assert found.keys() == wanted.keys()
-    begin = task_of(3, torch.float64, Alone(), **settings(0)).state_dict()
+    begin = task_of(3, torch.float64, SingleProcess(), **settings(0)).state_dict()
     for name, value in wanted.items():
         if not value.is_floating_point():
             assert torch.equal(found[name], value), name
@@ -118,7 +118,7 @@ def assert_as_by_hand(found: dict[str, Tensor], wanted: dict[str, Tensor], toler
 @pytest.mark.parametrize("queue", [0, 8, 16, 60])
 def test_one_process_is_as_by_hand(queue, micro_batch):
     """Queues shorter than a batch, longer than one, and not filled."""
-    found = taught(0, "none", torch.float64, settings(queue), micro_batch=micro_batch)
+    found = teacher_rows(0, "none", torch.float64, settings(queue), micro_batch=micro_batch)
     assert_as_by_hand(found, by_hand(queue), 1e-10)
 
 
@@ -126,9 +126,9 @@ def test_one_process_is_as_by_hand(queue, micro_batch):
 @pytest.mark.parametrize("size", [2, 4])
 def test_ddp_is_as_by_hand(ranks, size, table, micro_batch):
     for queue in (8, 16) if size == 2 else (16,):
-        found = ranks(size).run(partial(taught, micro_batch=micro_batch), "ddp", torch.float64, settings(queue, table))[
-            0
-        ]
+        found = ranks(size).run(
+            partial(teacher_rows, micro_batch=micro_batch), "ddp", torch.float64, settings(queue, table)
+        )[0]
         assert_as_by_hand(found, by_hand(queue), 1e-10)
 
 
@@ -138,14 +138,14 @@ ZERO = [("zero0", {}), ("zero1", {}), ("zero2", {}), ("zero3", {}), ("zero3", PE
 @pytest.mark.parametrize(("kind", "options"), ZERO, ids=lambda x: x if isinstance(x, str) else "whole" if x else "")
 @pytest.mark.parametrize(("size", "micro_batch"), [(2, None), (4, 2)])
 def test_zero_is_as_by_hand(ranks, size, kind, options, micro_batch):
-    run = partial(taught, micro_batch=micro_batch, options=options)
+    run = partial(teacher_rows, micro_batch=micro_batch, options=options)
     assert_as_by_hand(ranks(size).run(run, kind, torch.float32, settings(16))[0], by_hand(16), 1e-5)
 
 
-def noisy(exchange: Any, objective: Any = None) -> Task:
+def noisy(collectives: Any, objective: Any = None) -> Task:
     """Dropout and batch statistics in both sets of towers."""
     changes = {"encoder": {"dropout": 0.3}, "head": HeadConfig(layers=2, norm="batch")}
-    return task_of(3, torch.float32, exchange, objective, TeacherConfig(momentum=0.5, queue=8), **changes)
+    return task_of(3, torch.float32, collectives, objective, TeacherConfig(momentum=0.5, queue=8), **changes)
 
 
 def spoiled(rank: int, kind: str, micro_batch: int | None) -> tuple[bool, bool, bool]:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from mvpretrain.distributed.collectives import SingleProcess
 from mvpretrain.evaluation import retrieval as module
-from mvpretrain.evaluation.collect import Table
+from mvpretrain.evaluation._collect import Table
 from mvpretrain.evaluation.retrieval import retrieval
-from mvpretrain.exchange import Alone
 
 CPU = torch.device("cpu")
 
@@ -35,7 +35,7 @@ def table(n: int = 60, seed: int = 0, noise: float = 1.0) -> Table:
 
 
 def scores(found: Table, by_label: tuple[str, ...] = (), rank: int = 0) -> dict[str, float]:
-    return dict(retrieval(found, Alone(), CPU, by_label))
+    return dict(retrieval(found, SingleProcess(), CPU, by_label))
 
 
 def one_query(query: torch.Tensor, candidates: torch.Tensor, good: list[bool]) -> tuple[float, dict[int, float]]:
@@ -110,7 +110,7 @@ def test_product_is_that_of_the_other_views_that_are_there():
             row = row * t.z[v][i] if t.present[v][i] else row
         rows.append(row / row.norm())
     with_product = t._replace(z={**t.z, "p": torch.stack(rows)}, present={**t.present, "p": there})
-    found = dict(retrieval(t, Alone(), CPU, ("image",), ("rest", "product")))
+    found = dict(retrieval(t, SingleProcess(), CPU, ("image",), ("rest", "product")))
     for name, value in slow(with_product, "p", "image", True).items():
         assert found[f"retrieval/product-image/{name}"] == pytest.approx(value, abs=1e-6), name
     assert found["retrieval/rest-image/R@1"] != found["retrieval/product-image/R@1"]
@@ -178,9 +178,9 @@ def test_broken_embeddings_score_no_hit_and_empty_pairs_nothing():
 
 
 def on_rank(rank: int, n: int, by_label: tuple[str, ...]) -> dict[str, float]:
-    from mvpretrain.exchange import Ranks
+    from mvpretrain.distributed.collectives import ProcessGroup
 
-    return dict(retrieval(table(n), Ranks(), CPU, by_label))
+    return dict(retrieval(table(n), ProcessGroup(), CPU, by_label))
 
 
 @pytest.mark.parametrize(("n", "by_label"), [(61, ()), (60, ("text",)), (12, ())])

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from mvpretrain import objectives
-from mvpretrain.evaluation.collect import collect
+from mvpretrain.distributed.collectives import SingleProcess
+from mvpretrain.evaluation._collect import collect
+from mvpretrain.evaluation._settings import EvaluationConfig
 from mvpretrain.evaluation.suite import evaluate
-from mvpretrain.exchange import Alone
-from mvpretrain.recipe import EvaluationConfig
-from mvpretrain.task import Task
-from mvpretrain.tower import TowerConfig
+from mvpretrain.model.task import Task
+from mvpretrain.model.tower import TowerConfig
 from mvpretrain.types import Batch, View
 
 CPU = torch.device("cpu")
@@ -22,12 +22,12 @@ ROWS, BATCH = 22, 8  # the last of three batches has 6 rows: on two ranks of 4, 
 VIEWS = ("a", "b", "c")
 
 
-def task_of(exchange) -> Task:
+def task_of(collectives) -> Task:
     torch.manual_seed(0)
     encoder = {"kind": "mlp", "input": 6, "width": 8, "depth": 1}
     tower = TowerConfig.model_validate({"encoder": encoder, "head": {"layers": 2}})
-    objective = objectives.build({"kind": "infonce"}, VIEWS, exchange)
-    return Task({"a": "one", "b": "one", "c": "two"}, {"one": tower, "two": tower}, 5, objective, exchange).eval()
+    objective = objectives.build({"kind": "infonce"}, VIEWS, collectives)
+    return Task({"a": "one", "b": "one", "c": "two"}, {"one": tower, "two": tower}, 5, objective, collectives).eval()
 
 
 def samples() -> Batch:
@@ -56,21 +56,21 @@ def batches(rank: int, size: int) -> Iterator[Batch]:
 
 def on_rank(rank: int, size: int):
     """(table as plain tensors, metrics) of one rank."""
-    from mvpretrain.exchange import Ranks
+    from mvpretrain.distributed.collectives import ProcessGroup
 
-    exchange = Ranks() if size > 1 else Alone()
-    task = task_of(exchange)
+    collectives = ProcessGroup() if size > 1 else SingleProcess()
+    task = task_of(collectives)
     with torch.no_grad():
-        table = collect(task, batches(rank, size), exchange, CPU, features=True)
+        table = collect(task, batches(rank, size), collectives, CPU, features=True)
         config = EvaluationConfig.model_validate({"by_label": ("c",)})
-        return tuple(table), evaluate(task, batches(rank, size), exchange, CPU, config)
+        return tuple(table), evaluate(task, batches(rank, size), collectives, CPU, config)
 
 
 def test_table_has_every_sample_once_in_order():
     whole = samples()
-    task = task_of(Alone())
+    task = task_of(SingleProcess())
     with torch.no_grad():
-        table = collect(task, batches(0, 1), Alone(), CPU, features=True)
+        table = collect(task, batches(0, 1), SingleProcess(), CPU, features=True)
         wanted, features = task.encode(whole), task.features(whole)
     assert torch.equal(table.ids, whole.ids) and torch.equal(table.labels, whole.labels)
     for v in VIEWS:
@@ -78,19 +78,19 @@ def test_table_has_every_sample_once_in_order():
         torch.testing.assert_close(table.z[v], wanted.z[v])
         torch.testing.assert_close(table.features[v], features[v])
     with torch.no_grad():
-        plain = collect(task, batches(0, 1), Alone(), CPU)
+        plain = collect(task, batches(0, 1), SingleProcess(), CPU)
     assert not plain.features
     torch.testing.assert_close(plain.z, table.z)
 
 
 def test_no_sample_is_refused():
     with pytest.raises(ValueError, match=r"no sample to evaluate; check data\.eval"):
-        collect(task_of(Alone()), [], Alone(), CPU)
+        collect(task_of(SingleProcess()), [], SingleProcess(), CPU)
 
 
 def test_loss_is_the_objective_weighted_by_samples():
     metrics = on_rank(0, 1)[1]
-    task = task_of(Alone())
+    task = task_of(SingleProcess())
     with torch.no_grad():
         losses = [float(task(batch).total) for batch in batches(0, 1)]
     rows = [int(torch.stack(list(b.present.values())).any(dim=0).sum()) for b in batches(0, 1)]

@@ -87,8 +87,8 @@ class Slow:
                 value += share * factor * (math.log(below) + rho)
                 to_tau += share * (math.log(below) + rho - inner if scaled else -inner / t)
                 # As the papers have it: the mean of e^(h / tau) / (eps + u) dh, the factor tau gone with 1 / tau.
-                pulled = sum(p * x for p, x in zip(weights, differences, strict=True))
-                to_rows = to_rows + share * factor / t * pulled
+                weighted_by = sum(p * x for p, x in zip(weights, differences, strict=True))
+                to_rows = to_rows + share * factor / t * weighted_by
                 to_own[name, slot].append(math.log(below) + rho - inner)
         return Outcome(value, to_rows, to_tau, {key: sum(x) / len(x) for key, x in to_own.items()})
 

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mvpretrain import objectives
-from mvpretrain.exchange import Exchange
+from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.types import Embeddings, Losses
 from tests.objectives.towers import outcome, outcome_on, relative_errors
 from tests.tables import ROWS, draw, leaves, names, rows_of, table
 
 
-def build(config: dict[str, Any], k: int, exchange: Exchange | None = None, dim: int = 8) -> nn.Module:
+def build(config: dict[str, Any], k: int, collectives: Collectives | None = None, dim: int = 8) -> nn.Module:
     """In float64, with parameters that differ where there are several."""
-    objective = objectives.build(config, names(k), exchange, dim)
+    objective = objectives.build(config, names(k), collectives, dim)
     assert isinstance(objective, nn.Module)
     with torch.no_grad():
         for p in objective.parameters():
@@ -43,8 +43,8 @@ def assert_gradient_is_that_of_finite_differences(objective: nn.Module, k: int, 
     state = {name: p.detach().clone().requires_grad_() for name, p in objective.named_parameters()}
 
     def total(*given: Tensor) -> Tensor:
-        every = whole._replace(z=dict(zip(whole.z, given)))
-        return functional_call(objective, dict(zip(state, given[k:])), (every, every)).total
+        gathered = whole._replace(z=dict(zip(whole.z, given)))
+        return functional_call(objective, dict(zip(state, given[k:])), (gathered, gathered)).total
 
     # fast_mode: along one random direction instead of every axis.
     assert torch.autograd.gradcheck(total, (*leaves(whole).z.values(), *state.values()), fast_mode=True)

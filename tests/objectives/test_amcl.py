@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import mvpretrain
 from mvpretrain import objectives, recipe
-from mvpretrain.exporting import export
+from mvpretrain.export.write import export_run
 from mvpretrain.types import Embeddings
 from tests.objectives.checks import (
     assert_finite,
@@ -288,7 +288,7 @@ def test_a_sum_knows_heads_and_width_and_refuses_unequal_ones():
     terms = [{"objective": SMALL}, {"objective": SMALL | {"base": "barlow"}, "name": "barlow"}]
     whole = table(2, dtype=torch.float64)
     assert build({"kind": "sum", "terms": terms}, 2)(whole, whole).total.isfinite()
-    assert objectives.door.parse({"kind": "sum", "terms": terms}).projection_heads() == 2
+    assert objectives.registry.parse({"kind": "sum", "terms": terms}).projection_heads() == 2
     message = r"ask for unequal numbers of heads \(amcl 2, infonce 1\); make them equal"
     with pytest.raises(ValueError, match=message):
         build({"kind": "sum", "terms": [*terms[:1], {"objective": {"kind": "infonce"}}]}, 2)
@@ -302,6 +302,6 @@ def test_a_recipe_trains_and_exports(tmp_path, base):
     run = mvpretrain.train(recipe.load(path, [*here, "log={every: 1, tensorboard: false}"]))
     steps = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert all(math.isfinite(x["loss"]) for x in steps[:3]) and any(n.startswith("temperature/") for n in steps[0])
-    export(run, tmp_path / "out")
+    export_run(run, tmp_path / "out")
     rows = mvpretrain.load(tmp_path / "out", view="a").embed([torch.randn(4).numpy() for _ in range(5)])
     torch.testing.assert_close(rows.unflatten(1, (3, 2)).norm(dim=2), torch.full((5, 3), 3**-0.5))

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvpretrain import sharded
-from mvpretrain.exchange import Ranks, share
+from mvpretrain.distributed import sample_state
+from mvpretrain.distributed.collectives import ProcessGroup
+from mvpretrain.distributed.gather import gather_embeddings
 from mvpretrain.types import Embeddings
 from tests.objectives.averaged import assert_gradients, batches
 from tests.objectives.checks import assert_ranks_are_one_process, build
@@ -77,7 +78,7 @@ def test_values_gradients_and_histories_are_those_of_the_loop(published):
         assert_gradients(whole, wanted, losses.total)
         lightest = min(lightest, *weights)
     assert lightest < 0.9  # some were weighed
-    ids, rows = next(part for _, part in sharded.of(objective)).items()
+    ids, rows = next(part for _, part in sample_state.of(objective)).items()
     for at, name in enumerate(ids.tolist()):
         for w in range(2):
             assert rows[at, w::2].tolist() == pytest.approx(loop.history.get((name, w), (0, 0.0)), rel=1e-10)
@@ -88,12 +89,12 @@ def test_ranks_are_one_process(ranks):
 
 
 def recorded(rank: int, size: int) -> tuple[list[float], list[list[float]]]:
-    exchange = Ranks() if size > 1 else None
-    objective, values = build(MINED, 3, exchange), []
+    collectives = ProcessGroup() if size > 1 else None
+    objective, values = build(MINED, 3, collectives), []
     for step in range(6):
         mine = part_of(table(3, seed=step, dtype=torch.float64), rank, size)
-        losses = objective(*(share(mine, exchange) if exchange else (mine, mine)))
-        values.append(float(exchange.sum(losses.total.detach()) / size if exchange else losses.total))
+        losses = objective(*(gather_embeddings(mine, collectives) if collectives else (mine, mine)))
+        values.append(float(collectives.sum(losses.total.detach()) / size if collectives else losses.total))
     return values, objective.get_buffer("totals").tolist()
 
 

@@ -12,8 +12,9 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, normalize
 
-from mvpretrain.numerics import products, tuples
+from mvpretrain.objectives import _tuples
 from mvpretrain.objectives.gram import adjugate_and_determinant
+from mvpretrain.similarity import blockwise
 from mvpretrain.types import Embeddings
 from tests.objectives.checks import assert_finite, assert_ranks_are_one_process, build, floats, orthonormal
 from tests.tables import ROWS, draw, leaves, names, rows_of, table
@@ -126,7 +127,7 @@ def test_float32_volumes_are_near_those_of_float64(k):
 def test_tiles_change_nothing(monkeypatch, case):
     objective, whole = gram(3, **CASES[case]), leaves(table(3, dtype=torch.float64))
     wanted = torch.autograd.grad(objective(whole, whole).total, [*whole.z.values(), *objective.parameters()])
-    for module, name, size in ((products, "ROWS", 5), (products, "COLUMNS", 4), (tuples, "TILE", 3)):
+    for module, name, size in ((blockwise, "ROWS", 5), (blockwise, "COLUMNS", 4), (_tuples, "TILE", 3)):
         monkeypatch.setattr(module, name, size)
     found = torch.autograd.grad(objective(whole, whole).total, [*whole.z.values(), *objective.parameters()])
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-14)
@@ -140,8 +141,8 @@ def test_gradient_is_that_of_finite_differences(case, k):
     start = objective.get_parameter("log_temperature").detach().clone().requires_grad_()
 
     def total(log_temperature, *z):
-        every = whole._replace(z=dict(zip(whole.z, z)))
-        return functional_call(objective, {"log_temperature": log_temperature}, (every, every)).total
+        gathered = whole._replace(z=dict(zip(whole.z, z)))
+        return functional_call(objective, {"log_temperature": log_temperature}, (gathered, gathered)).total
 
     assert torch.autograd.gradcheck(total, (start, *leaves(whole).z.values()), fast_mode=True)
 

@@ -144,8 +144,8 @@ def test_gradient_is_that_of_finite_differences(case):
 
     def total(log_temperature: Tensor, *z: Tensor) -> Tensor:
         objective.log_temperature = log_temperature  # type: ignore[assignment]
-        every = whole._replace(z=dict(zip(whole.z, z)))
-        return objective(every, every).total
+        gathered = whole._replace(z=dict(zip(whole.z, z)))
+        return objective(gathered, gathered).total
 
     assert torch.autograd.gradcheck(total, (start, *leaves(whole).z.values()))
 

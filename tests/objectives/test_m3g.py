@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mvpretrain import objectives
-from mvpretrain.exchange import Ranks, share
+from mvpretrain.distributed.collectives import ProcessGroup
+from mvpretrain.distributed.gather import gather_embeddings
 from mvpretrain.objectives.m3g import M3G
 from mvpretrain.types import Embeddings
 from tests.objectives.checks import assert_gradient_is_that_of_finite_differences, assert_ranks_are_one_process
@@ -238,11 +239,11 @@ def test_ranks_are_one_process_in_logarithms(ranks):
 
 def own_rows(rank: int, size: int) -> tuple[Tensor, dict[str, Tensor]]:
     """(value, gradients in z), the mean over ranks, where each rank matches its own rows."""
-    exchange, mine = Ranks(), leaves(part_of(table(3, dtype=torch.float64), rank, size))
-    objective = objectives.build({"kind": "m3g", "scope": "rank"}, names(3), exchange)
-    losses = objective(*share(mine, exchange))
+    collectives, mine = ProcessGroup(), leaves(part_of(table(3, dtype=torch.float64), rank, size))
+    objective = objectives.build({"kind": "m3g", "scope": "rank"}, names(3), collectives)
+    losses = objective(*gather_embeddings(mine, collectives))
     losses.total.backward()
-    return mean(losses.total.detach(), exchange), {v: z.grad for v, z in mine.z.items() if z.grad is not None}
+    return mean(losses.total.detach(), collectives), {v: z.grad for v, z in mine.z.items() if z.grad is not None}
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -286,7 +287,7 @@ def test_memory_is_what_is_held(k, n, epsilon):
     config = {"epsilon": epsilon, "max_sweeps": 2}
     with Held() as held:
         m3g(config, k)(whole, whole).total.backward()
-    claimed = objectives.door.parse({"kind": "m3g", **config}).memory(k, n, n, 16)
+    claimed = objectives.registry.parse({"kind": "m3g", **config}).memory(k, n, n, 16)
     assert claimed / 2 < held.peak < claimed, (held.peak, claimed)
 
 

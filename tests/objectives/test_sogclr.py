@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from mvpretrain import sharded
-from mvpretrain.exchange import Ranks, share
+from mvpretrain.distributed import sample_state
+from mvpretrain.distributed.collectives import ProcessGroup
+from mvpretrain.distributed.gather import gather_embeddings
 from tests.objectives.averaged import Slow, assert_gradients, batches
 from tests.objectives.checks import (
     assert_gradient_is_that_of_finite_differences,
@@ -64,13 +65,13 @@ def test_ranks_are_one_process(ranks, gradient):
 
 def stated(rank: int, config: dict[str, Any], size: int) -> dict[int, list[float]]:
     """What a rank keeps after 20 steps over ids that come back."""
-    exchange = Ranks() if size > 1 else None
-    objective = build(config, 3, exchange)
+    collectives = ProcessGroup() if size > 1 else None
+    objective = build(config, 3, collectives)
     for step in range(20):
         mine = part_of(table(3, seed=step, dtype=torch.float64), rank, size)
-        local, every = share(mine, exchange) if exchange else (mine, mine)
-        objective(local, every)
-    ids, rows = next(part for _, part in sharded.of(objective)).items()
+        local, gathered = gather_embeddings(mine, collectives) if collectives else (mine, mine)
+        objective(local, gathered)
+    ids, rows = next(part for _, part in sample_state.of(objective)).items()
     return dict(zip(ids.tolist(), rows.tolist(), strict=True))
 
 
@@ -130,7 +131,7 @@ def test_evaluation_leaves_no_trace():
     objective = build({"kind": "sogclr"}, 3).eval()
     whole = batches(3, 1)[0]
     objective(whole, whole)
-    store = next(part for _, part in sharded.of(objective))
+    store = next(part for _, part in sample_state.of(objective))
     assert len(store.items()[0]) == 0 and int(objective.get_buffer("averages.steps")) == 0
 
 

@@ -37,13 +37,13 @@ REQUIRED = {"terms": TWO}  # there is no sum without terms
 VARIANTS = [{"terms": MIXED}]
 
 
-class Pull:
+class EmbeddingGradients:
     """A user's own objective, and no module: mean distance of two views' rows."""
 
     def __init__(self, factor: float = 1.0):
         self.factor = factor
 
-    def __call__(self, local: Embeddings, every: Embeddings) -> Losses:
+    def __call__(self, local: Embeddings, gathered: Embeddings) -> Losses:
         a, b, *_ = local.z.values()
         value = self.factor * (a - b).square().sum(dim=1).mean()
         return Losses(value, {"value": value.detach()})
@@ -87,8 +87,8 @@ def test_a_weight_of_zero_is_logged_and_trains_nothing():
 
 def test_parameters_of_terms_are_its_own_and_a_term_may_be_no_module():
     mine = {"kind": "tests.objectives.test_sum:Pull", "factor": 3.0}
-    pull = {"objective": mine, "name": "pull", "views": ["view2", "view1"]}
-    objective = build(of(pull, *MIXED), 3)
+    gradients = {"objective": mine, "name": "pull", "views": ["view2", "view1"]}
+    objective = build(of(gradients, *MIXED), 3)
     assert set(objective.state_dict()) == {"stateful.1.log_scale", "stateful.1.bias", "stateful.2.log_temperature"}
     whole = table(3, dtype=torch.float64)
     found = floats(objective(whole, whole))
@@ -135,7 +135,7 @@ def test_perfect_alignment_is_finite():
 
 def test_memory_counts_the_gathered_table_once():
     def memory(config: dict[str, Any], k: int) -> int:
-        return objectives.door.parse(config).memory(k, 100, 400, 8)
+        return objectives.registry.parse(config).memory(k, 100, 400, 8)
 
     table_of = ObjectiveConfig(kind="table").memory
     terms = [{"objective": {"kind": "sigmoid"}}, {"objective": {"kind": "dcl"}, "views": ["view0", "view2"]}]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from mvpretrain.exchange import Alone, Exchange, Ranks, share
-from mvpretrain.numerics.averages import classes
+from mvpretrain.distributed.collectives import Collectives, ProcessGroup, SingleProcess
+from mvpretrain.distributed.gather import gather_embeddings
+from mvpretrain.similarity.groups import classes
 from mvpretrain.types import Embeddings
 from tests.objectives.checks import (
     assert_finite,
@@ -68,10 +69,10 @@ def test_without_labels_it_is_nt_xent_over_all_views(k):
 
 def test_one_id_is_one_class_also_where_a_row_lacks_the_label():
     whole = table(2)._replace(ids=torch.tensor([5, 9, 5, 1, 2, 3] * 2), labels=torch.tensor([-1, -1, 4, 4, 6, -1] * 2))
-    every = classes(whole.ids, whole.labels)
-    assert torch.equal(every[6:], every[:6])
-    assert every[0] == every[2] == every[3] == 4 and every[4] == 6
-    assert len({4, 6, int(every[1]), int(every[5])}) == 4
+    gathered = classes(whole.ids, whole.labels)
+    assert torch.equal(gathered[6:], gathered[:6])
+    assert gathered[0] == gathered[2] == gathered[3] == 4 and gathered[4] == 6
+    assert len({4, 6, int(gathered[1]), int(gathered[5])}) == 4
 
 
 def test_anchors_without_positives_are_left_out():
@@ -97,18 +98,18 @@ def test_gradient_on_ranks_is_that_of_one_process(ranks, k):
 
 def labelled(rank: int, k: int, size: int) -> tuple[Tensor, Tensor]:
     """(value, gradient of every tower), the mean over ranks, with labels."""
-    exchange: Exchange = Ranks() if size > 1 else Alone()
+    collectives: Collectives = ProcessGroup() if size > 1 else SingleProcess()
     objective = build(CONFIG, k)
-    objective.exchange = exchange  # type: ignore[assignment]
+    objective.collectives = collectives  # type: ignore[assignment]
     weights = draw(7, k, 5, 8).requires_grad_()
     ids, present = ids_and_presence(k)
     inputs = {v: draw(20 + i, ROWS, 5) for i, v in enumerate(names(k))}
     mine = part_of(Embeddings(inputs, ids, present, LABELS), rank, size)
     z = {v: normalize(x @ w, dim=1) for (v, x), w in zip(mine.z.items(), weights)}
-    losses = objective(*share(mine._replace(z=z), exchange))
+    losses = objective(*gather_embeddings(mine._replace(z=z), collectives))
     losses.total.backward()
     assert weights.grad is not None
-    return mean(losses.total.detach(), exchange), mean(weights.grad, exchange)
+    return mean(losses.total.detach(), collectives), mean(weights.grad, collectives)
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from mvpretrain.numerics import products, tuples
+from mvpretrain.objectives import _tuples
 from mvpretrain.objectives.symile import Symile, scrambled
+from mvpretrain.similarity import blockwise
 from mvpretrain.types import Embeddings
 from tests.objectives.checks import (
     assert_finite,
@@ -37,7 +38,7 @@ def symile(k: int, negatives: str, **scale: Any) -> Symile:
 
 def drawn(objective: Symile, whole: Embeddings, u: int) -> list[tuple[int, ...]]:
     """The tuples of one anchor view, as rows of the complete ones."""
-    orders = objective.orders(tuples.whole(whole, objective.views), u)
+    orders = objective.orders(_tuples.whole(whole, objective.views), u)
     return list(zip(*(order.tolist() for order in orders)))
 
 
@@ -115,7 +116,7 @@ def test_draws_depend_on_ids_and_not_on_places():
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(5))
     shuffled = rows_of(whole, order)
     for u in range(3):
-        there, here = (tuples.whole(t, names(3)) for t in (whole, shuffled))
+        there, here = (_tuples.whole(t, names(3)) for t in (whole, shuffled))
         for a, b in zip(objective.orders(there, u), objective.orders(here, u)):
             torch.testing.assert_close(there.z[0][a], here.z[0][b], rtol=0, atol=0)
 
@@ -143,8 +144,8 @@ def test_hash_is_splitmix64s():
 def test_tiles_change_nothing(monkeypatch, negatives):
     objective, whole = symile(3, negatives).eval(), leaves(table(3, dtype=torch.float64))
     wanted = torch.autograd.grad(objective(whole, whole).total, [*whole.z.values(), objective.log_scale])
-    monkeypatch.setattr(products, "ROWS", 5)
-    monkeypatch.setattr(products, "COLUMNS", 4)
+    monkeypatch.setattr(blockwise, "ROWS", 5)
+    monkeypatch.setattr(blockwise, "COLUMNS", 4)
     found = torch.autograd.grad(objective(whole, whole).total, [*whole.z.values(), objective.log_scale])
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-14)
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from mvpretrain import objectives
-from mvpretrain.numerics import products, tuples
+from mvpretrain.objectives import _tuples
+from mvpretrain.similarity import blockwise
 from mvpretrain.types import Embeddings
 from tests.objectives.checks import (
     assert_finite,
@@ -83,7 +84,7 @@ def test_value_is_that_of_the_loop(case, plain):
 def test_tiles_change_nothing(monkeypatch, case):
     objective, whole = triangle(**CASES[case]), leaves(table(3, dtype=torch.float64))
     wanted = torch.autograd.grad(objective(whole, whole).total, [*whole.z.values(), *objective.parameters()])
-    for module, name, size in ((products, "ROWS", 5), (products, "COLUMNS", 4), (tuples, "TILE", 3)):
+    for module, name, size in ((blockwise, "ROWS", 5), (blockwise, "COLUMNS", 4), (_tuples, "TILE", 3)):
         monkeypatch.setattr(module, name, size)
     found = torch.autograd.grad(objective(whole, whole).total, [*whole.z.values(), *objective.parameters()])
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-14)

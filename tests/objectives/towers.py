@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from mvpretrain import objectives
-from mvpretrain.exchange import Alone, Exchange, Ranks, share
+from mvpretrain.distributed.collectives import Collectives, ProcessGroup, SingleProcess
+from mvpretrain.distributed.gather import gather_embeddings
 from mvpretrain.types import Embeddings, Objective
 from tests.tables import ROWS, draw, ids_and_presence, names, part_of
 
@@ -23,10 +24,10 @@ class Outcome(NamedTuple):
 
 
 def build(
-    config: dict[str, Any], k: int, dtype: torch.dtype, exchange: Exchange | None = None, dim: int = DIM
+    config: dict[str, Any], k: int, dtype: torch.dtype, collectives: Collectives | None = None, dim: int = DIM
 ) -> Objective:
     torch.manual_seed(0)
-    objective = objectives.build(config, names(k), exchange, dim)
+    objective = objectives.build(config, names(k), collectives, dim)
     return objective.to(dtype) if isinstance(objective, nn.Module) else objective
 
 
@@ -34,8 +35,8 @@ def outcome(
     config: dict[str, Any], k: int, dtype: torch.dtype, steps: int = 1, rank: int = 0, size: int = 1
 ) -> Outcome:
     """Some steps without an optimiser, on new batches whose ids come back, so that an objective's state counts."""
-    exchange = Ranks() if size > 1 else Alone()
-    objective = build(config, k, dtype, exchange)
+    collectives = ProcessGroup() if size > 1 else SingleProcess()
+    objective = build(config, k, dtype, collectives)
     weights = {f"tower/{v}": draw(50 + i, WIDTH, DIM, dtype=dtype).requires_grad_() for i, v in enumerate(names(k))}
     parameters = dict(objective.named_parameters()) if isinstance(objective, nn.Module) else {}
     values, parts = [], []
@@ -44,17 +45,17 @@ def outcome(
         ids, present = ids_and_presence(k, seed=step)
         mine = part_of(Embeddings(inputs, ids, present, torch.full((ROWS,), -1)), rank, size)
         z = {v: normalize(x @ weights[f"tower/{v}"], dim=1) for v, x in mine.z.items()}
-        losses = objective(*share(mine._replace(z=z), exchange, getattr(objective, "gathers", None)))
+        losses = objective(*gather_embeddings(mine._replace(z=z), collectives, getattr(objective, "gathers", None)))
         losses.total.backward()
-        values.append(float(mean(losses.total.detach(), exchange)))
-        parts.append({name: float(mean(x, exchange)) for name, x in losses.parts.items()})
+        values.append(float(mean(losses.total.detach(), collectives)))
+        parts.append({name: float(mean(x, collectives)) for name, x in losses.parts.items()})
     gradients = {n: torch.zeros_like(x) if x.grad is None else x.grad for n, x in (weights | parameters).items()}
-    return Outcome(values, parts, {n: mean(g, exchange) for n, g in gradients.items()})
+    return Outcome(values, parts, {n: mean(g, collectives) for n, g in gradients.items()})
 
 
-def mean(x: Tensor, exchange: Exchange) -> Tensor:
+def mean(x: Tensor, collectives: Collectives) -> Tensor:
     """What an engine does: the average over ranks."""
-    return exchange.sum(x) / exchange.size
+    return collectives.sum(x) / collectives.size
 
 
 def outcome_on(rank: int, config: dict[str, Any], k: int, dtype: torch.dtype, steps: int, size: int) -> Outcome:

@@ -1,0 +1,122 @@
+"""Rows of a batch from draws: read, decode, augment, stack. This is what a worker does."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, default_collate
+
+from mvpretrain.data.sources.shards import BadSample
+from mvpretrain.types import Batch, Sample, Transform, View
+
+
+class Source(Protocol):
+    """Samples that can be read in any order, in any process."""
+
+    name: str
+    weight: float  # its share of the draws where there are several sources
+    counts: np.ndarray  # samples of each shard
+
+    @property
+    def ids(self) -> np.ndarray: ...  # int64, one a sample
+
+    def read(self, i: int) -> Sample:
+        """Sample i of sum(counts). BadSample: it cannot be had, and why."""
+        ...
+
+
+class Draw(NamedTuple):
+    """One row of a batch before it is read."""
+
+    source: int  # -1: filler
+    position: int  # in the source's order; seeds the augmentation
+    sample: int
+
+
+class Row(NamedTuple):
+    """One row of a batch; without a view where the sample lacks it."""
+
+    views: dict[str, View]
+    id: int = -1
+    label: int = -1
+    bad: str = ""  # why the sample could not be used
+
+
+# Not a Counter: pinning copies a mapping by `update`, which doubles a Counter's counts.
+Read = tuple[Batch, dict[str, int]]
+
+
+class Rows(Dataset[Read]):
+    """Draws to batches: read, decode, augment, stack."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        transforms: Mapping[str, tuple[tuple[str, ...], Transform]],
+        seed: int,
+    ):
+        self.sources, self.transforms, self.seed = sources, transforms, seed
+        self.blanks = {view: transform.blank() for view, (_, transform) in transforms.items()}
+
+    def __getitem__(self, draws: list[Draw]) -> Read:
+        with torch.random.fork_rng(devices=[]):
+            rows = [self.row(draw) for draw in draws]
+        batch = Batch(
+            views={view: stacked([row.views.get(view, blank) for row in rows]) for view, blank in self.blanks.items()},
+            ids=torch.tensor([row.id for row in rows], dtype=torch.int64),
+            present={view: torch.tensor([view in row.views for row in rows]) for view in self.blanks},
+            labels=torch.tensor([row.label for row in rows], dtype=torch.int64),
+        )
+        return batch, dict(Counter(row.bad for row in rows if row.bad))
+
+    def row(self, draw: Draw) -> Row:
+        if draw.source < 0:
+            return Row({})
+        source, views = self.sources[draw.source], {}
+        try:
+            sample = source.read(draw.sample)
+            for view, (fields, transform) in self.transforms.items():
+                field = next((f for f in fields if f in sample.fields), None)
+                if field is not None:
+                    torch.default_generator.manual_seed(seed_of(self.seed, draw.source, draw.position, view))
+                    views[view] = self.item(view, transform, sample.fields[field])
+        except BadSample as error:
+            return Row({}, int(source.ids[draw.sample]), bad=str(error))
+        return Row(views, sample.id, sample.label)
+
+    def item(self, view: str, transform: Transform, raw: Any) -> View:
+        """The transform's item. BadSample: it fails, in whatever way, or gives another shape than its blank."""
+        try:
+            item = transform(raw)
+        except Exception as error:
+            raise BadSample(f"{view}: {described(error)}") from error
+        if layout(item) != layout(self.blanks[view]):
+            raise BadSample(f"{view}: {layout(item)} where the blank item is {layout(self.blanks[view])}")
+        return item
+
+
+def stacked(items: list[View]) -> View:
+    # default_collate stacks into memory that a worker shares with the training process.
+    masks = [item.mask for item in items]
+    return View(default_collate([item.data for item in items]), None if masks[0] is None else default_collate(masks))
+
+
+def layout(item: View) -> str:
+    mask = "" if item.mask is None else f", mask {list(item.mask.shape)}"
+    return f"{item.data.dtype} {list(item.data.shape)}{mask}".removeprefix("torch.")
+
+
+def described(error: Exception) -> str:
+    """Kind and first words of an error, without the numbers that would make every sample a reason of its own."""
+    words = re.sub(r"0x[0-9a-f]+|\d+", "#", str(error).partition("\n")[0])[:80]
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
+def seed_of(*key: int | str) -> int:
+    return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1

@@ -1,0 +1,125 @@
+"""Numbers by sample id, shared out over the ranks: each holds the ids whose hash is its own, whoever asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.distributed.id_table import Keyed, owner
+
+FILES = "keyed-{}.safetensors"  # in a checkpoint, by rank
+
+
+class Sharded(nn.Module):
+    """`columns` numbers for every sample that was ever seen; a rank holds one in W of them.
+
+    All ranks see the ids of the whole batch already, so that `read` needs one message, a sum to which each id's owner
+    contributes, and `write` none: everyone knows the new numbers, owners keep theirs. What is written counts from the
+    next `read` on, unless `forget` comes before it: a step that was not taken must not leave a trace. The numbers are
+    no part of the state dict, which knows one rank only: `save` and `restore` go through files, of any number of ranks.
+
+    Memory a rank: N / W times 9 bytes and the numbers, divided by the table's fill of 35 to 70 %. `device: false` keeps
+    them in the machine's memory, whatever device the ids are on.
+    """
+
+    def __init__(self, columns: int, collectives: Collectives, device: bool = False):
+        super().__init__()
+        self.columns, self.collectives, self.on_device = columns, collectives, device
+        self.table: Keyed | None = None
+        self.staged: tuple[Tensor, Tensor] | None = None
+
+    def read(self, ids: Int[Tensor, " n"], like: Tensor) -> Float[Tensor, "n c"]:
+        """The numbers of the whole batch's ids, the same on every rank; NaN where an id is new. Of `like`'s type."""
+        self.commit()
+        if self.table is None:
+            self.table = Keyed(self.columns, like.dtype, like.device if self.on_device else "cpu")
+        elif self.on_device:
+            self.table.to(like.device)
+        here = ids.to(self.table.keys.device)
+        mine = self.owned(here)
+        rows = self.table.rows.new_zeros(len(ids), self.columns)
+        rows[mine] = self.table.get(here[mine])
+        return self.collectives.sum(rows.to(like))  # zeros change no bit of the owner's numbers
+
+    def write(self, ids: Int[Tensor, " n"], rows: Float[Tensor, "n c"]) -> None:
+        """Stage the numbers of the whole batch's ids, by equal calls on every rank. Rows of one id must be equal."""
+        self.commit()
+        mine = self.owned(ids)
+        known, place = ids[mine].unique(return_inverse=True)
+        kept = rows.new_empty(len(known), self.columns)
+        kept[place] = rows[mine].detach()
+        self.staged = known, kept
+
+    def forget(self) -> None:
+        """Drop what was staged: the step that it belongs to was not taken."""
+        self.staged = None
+
+    def commit(self) -> None:
+        if self.staged is not None:
+            assert self.table is not None, "write comes after read"
+            keys, rows = (x.to(self.table.keys.device) for x in self.staged)
+            self.table.set(keys, rows)
+            self.staged = None
+
+    def items(self) -> tuple[Int[Tensor, " n"], Float[Tensor, "n c"]]:
+        """(this rank's ids in ascending order, their numbers)."""
+        self.commit()
+        table = self.table or Keyed(self.columns)
+        return table.items()
+
+    def owned(self, ids: Int[Tensor, " n"]) -> Tensor:
+        return owner(ids, self.collectives.size) == self.collectives.rank
+
+    def take(self, ids: Int[Tensor, " n"], rows: Float[Tensor, "n c"]) -> None:
+        """Put in those of some saved numbers whose ids are this rank's."""
+        mine = self.owned(ids)
+        if self.table is None:
+            self.table = Keyed(self.columns, rows.dtype)
+        device = self.table.keys.device
+        self.table.set(ids[mine].to(device), rows[mine].to(device))
+
+
+def of(module: nn.Module) -> Iterator[tuple[str, Sharded]]:
+    """(name, numbers by id) of everything in a module that keeps some."""
+    return ((name, part) for name, part in module.named_modules() if isinstance(part, Sharded))
+
+
+def forget(module: nn.Module) -> None:
+    for _, part in of(module):
+        part.forget()
+
+
+def save(module: nn.Module, folder: Path, rank: int) -> None:
+    """Write this rank's numbers into `folder`, where there are any to keep."""
+    found = {}
+    for name, part in of(module):
+        found[f"{name}/ids"], found[f"{name}/rows"] = (x.cpu().contiguous() for x in part.items())
+    if found:
+        save_file(found, folder / FILES.format(rank))
+
+
+def restore(module: nn.Module, folder: Path) -> None:
+    """Take this rank's share of what any number of ranks has saved, instead of what is there.
+
+    ValueError: numbers of another objective.
+    """
+    for _, part in of(module):
+        part.table = part.staged = None
+    for path in sorted(folder.glob(FILES.format("*"))):
+        with safe_open(path, "pt") as file:
+            for name, part in of(module):
+                if f"{name}/ids" not in file.keys():  # noqa: SIM118  (no mapping)
+                    raise ValueError(f"{path} holds no numbers for {name}; resume with the objective that it had")
+                ids, rows = file.get_tensor(f"{name}/ids"), file.get_tensor(f"{name}/rows")
+                if rows.shape[1] != part.columns:
+                    raise ValueError(
+                        f"{path} has {rows.shape[1]} numbers an id for {name}, this objective keeps {part.columns}; "
+                        "resume with the objective that it had"
+                    )
+                part.take(ids, rows)

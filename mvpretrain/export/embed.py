@@ -1,0 +1,185 @@
+"""Whole shards through exported encoders, to arrays or a table on disk."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from rich.progress import track
+
+from mvpretrain.config import unknown
+from mvpretrain.data.loader import Stream, StreamConfig
+from mvpretrain.data.sources.shards import BadSample, ShardsConfig, Tars
+from mvpretrain.export.encoder import Exported, exported_views, load
+from mvpretrain.shards.pack import fresh_folder
+from mvpretrain.types import Batch
+
+
+class Rows(NamedTuple):
+    """Some consecutive samples, embedded."""
+
+    start: int
+    keys: list[str]
+    ids: np.ndarray  # int64: the hash of the key
+    present: dict[str, np.ndarray]  # bool, by view
+    z: dict[str, np.ndarray]  # n d float32, by view; zeros where absent
+
+
+class Embedded(NamedTuple):
+    samples: int
+    bad: dict[str, int]  # samples that could not be used, by reason; they are absent in every view
+
+
+Put = Callable[[Rows], None]
+
+
+def embed(
+    export_folder: str | Path,
+    urls: str | Sequence[str],
+    out: str | Path,
+    views: Sequence[str] | None = None,
+    batch: int = 256,
+    limit: int | None = None,
+    workers: int = 2,
+    cache: Path | None = None,
+) -> Embedded:
+    """Embed the samples of shards in their order, or the first `limit`.
+
+    `out` is a folder for `<view>.npy` (n d, float32 unit rows), `present_<view>.npy`, `ids.npy` and `keys.txt`, or a
+    file that ends in .parquet, with one list column a view. Samples without a view, or that cannot be read, keep their
+    row: zeros and present False, null in parquet. It appears only when it is whole. Remote shards go to `cache`.
+
+    ValueError: no export, no such view, no such shards, a field that no sample has, `out` exists, a batch or limit
+    below 1.
+    """
+    out = Path(out)
+    if batch < 1 or (limit is not None and limit < 1):
+        raise ValueError(f"batch={batch} limit={limit}: both are at least 1; leave limit out to embed everything")
+    if out.exists():
+        raise ValueError(f"{str(out)!r} exists; give another path, or remove it first")
+    exports = chosen(Path(export_folder), views)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for exported in exports.values():
+        exported.to(device)
+    fields = {name: (exported.view.field, "any") for name, exported in exports.items()}
+    urls = urls if isinstance(urls, str) else tuple(urls)
+    settings = ShardsConfig.model_validate({"train": urls, "ids": "key", "cache": cache})
+    (tars,) = settings.build(fields)
+    count = min(limit or len(tars.ids), len(tars.ids))
+    bad: Counter[str] = Counter()
+    sink = parquet if out.suffix == ".parquet" else arrays
+    with sink(out, {name: exported.dim for name, exported in exports.items()}, count) as put:
+        for rows, reasons in embedded(tars, exports, count, max(2, batch), workers, device):
+            put(rows)
+            bad.update(reasons)
+    report(count, exports, bad, out)
+    return Embedded(count, dict(bad))
+
+
+def chosen(folder: Path, views: Sequence[str] | None) -> dict[str, Exported]:
+    known = exported_views(folder)
+    for name in views or ():
+        if name not in known:
+            raise ValueError(f"{str(folder)!r}: {unknown('view', name, known)}")
+    exports = {name: load(folder, name) for name in views or known}
+    taken = {"id", "ids", "key", *(f"present_{name}" for name in exports)}.intersection(exports)
+    if taken:
+        raise ValueError(f"view {min(taken)!r} has the name of a file or column that is written beside it; rename it")
+    return exports
+
+
+@torch.no_grad()
+def embedded(
+    tars: Tars, exports: Mapping[str, Exported], count: int, batch: int, workers: int, device: torch.device
+) -> Iterator[tuple[Rows, dict[str, int]]]:
+    """(rows, samples that could not be used by reason), batch by batch."""
+    transforms = {name: (e.view.fields, e.transform) for name, e in exports.items()}
+    stream = Stream([tars], transforms, batch, 0, StreamConfig.model_validate({"workers": workers}))
+    batches = stream.loader(stream.slices(np.arange(count), np.array([len(tars.ids)])))
+    steps = -(-count // batch)
+    for step, (read, reasons) in enumerate(track(batches, "embedding", steps, transient=True)):
+        start, stop = step * batch, min((step + 1) * batch, count)
+        yield rows_of(read, exports, start, [key(tars, i) for i in range(start, stop)], device), reasons
+
+
+def rows_of(batch: Batch, exports: Mapping[str, Exported], start: int, keys: list[str], device: torch.device) -> Rows:
+    real = slice(len(keys))
+    z, present = {}, {}
+    for name, exported in exports.items():
+        present[name] = batch.present[name][real].numpy()
+        found = exported(batch.views[name].to(device))[real].cpu().numpy()
+        z[name] = np.where(present[name][:, None], found, np.float32(0))
+    return Rows(start, keys, batch.ids[real].numpy(), present, z)
+
+
+def key(tars: Tars, i: int) -> str:
+    """The sample's key, empty where its shard can no longer be read."""
+    try:
+        return tars.key(i)
+    except BadSample:
+        return ""
+
+
+@contextmanager
+def arrays(out: Path, dims: Mapping[str, int], count: int) -> Iterator[Put]:
+    """A folder of .npy files, written in place through memory maps, and keys.txt."""
+    with fresh_folder(out) as folder, (folder / "keys.txt").open("w", encoding="utf-8") as keys:
+
+        def file(name: str, kind: type, *shape: int) -> np.memmap:
+            return np.lib.format.open_memmap(folder / f"{name}.npy", "w+", kind, (count, *shape))
+
+        ids = file("ids", np.int64)
+        z = {name: file(name, np.float32, dim) for name, dim in dims.items()}
+        present = {name: file(f"present_{name}", np.bool_) for name in dims}
+
+        def put(rows: Rows) -> None:
+            here = slice(rows.start, rows.start + len(rows.keys))
+            ids[here] = rows.ids
+            for name in dims:
+                z[name][here], present[name][here] = rows.z[name], rows.present[name]
+            keys.writelines(f"{key}\n" for key in rows.keys)
+
+        yield put
+        for written in (ids, *z.values(), *present.values()):
+            written.flush()
+
+
+@contextmanager
+def parquet(out: Path, dims: Mapping[str, int], count: int) -> Iterator[Put]:
+    """One table: key, id, and a list of `dim` numbers a view."""
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet as pq
+    except ImportError as error:
+        raise ValueError(f"{str(out)!r} needs pyarrow; pip install 'mvpretrain[parquet]'") from error
+    lists = {name: pa.list_(pa.float32(), dim) for name, dim in dims.items()}
+    schema = pa.schema([("key", pa.string()), ("id", pa.int64()), *lists.items()])
+    aside = out.with_name(f".{out.name}.{os.getpid()}.part")
+
+    def put(rows: Rows) -> None:
+        columns = [pa.array(rows.keys), pa.array(rows.ids)]
+        for name, dim in dims.items():
+            flat = pa.array(rows.z[name].ravel())
+            columns.append(pa.FixedSizeListArray.from_arrays(flat, dim, mask=pa.array(~rows.present[name])))
+        writer.write_batch(pa.record_batch(columns, schema=schema))
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with pq.ParquetWriter(aside, schema) as writer:
+            yield put
+        aside.replace(out)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def report(count: int, exports: Mapping[str, Exported], bad: Counter[str], out: Path) -> None:
+    print(f"{count:,} samples embedded as {', '.join(exports)}: {out}")
+    if bad:
+        named = ", ".join(f"{reason} {number:,}" for reason, number in bad.most_common(5))
+        print(f"{bad.total():,} of them could not be used and have zeros: {named}")

@@ -1,0 +1,124 @@
+"""Towers, heads and objective as the one module that an engine wraps."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.distributed.gather import gather_embeddings
+from mvpretrain.model.heads import unit
+from mvpretrain.model.health import health
+from mvpretrain.model.phase_timer import PhaseTimer
+from mvpretrain.model.teacher import Teacher, TeacherConfig
+from mvpretrain.model.tower import Tower, TowerConfig
+from mvpretrain.types import Batch, Embeddings, Losses, Objective, View
+
+
+class EmbeddingGradients(NamedTuple):
+    """What the objective asks of some rows: the gradient of its loss in their z, and in its own parameters."""
+
+    z: dict[str, Tensor]  # b d
+    parameters: list[Tensor]  # in the order of `Task.objective_parameters`, or empty
+
+
+class Task(nn.Module):
+    """k views in, losses out: encode, gather once, objective.
+
+    `views` maps a view to its tower; views that share a tower and a shape go through it in one call. Every tower runs
+    on every row of every step, absent rows included (they hold filler), so that no rank ever skips a module: engines
+    that reduce or gather by module cannot deadlock.
+    """
+
+    def __init__(
+        self,
+        views: Mapping[str, str],
+        towers: Mapping[str, TowerConfig],
+        dim: int,
+        objective: Objective,
+        collectives: Collectives,
+        heads: int = 1,
+        teacher: TeacherConfig | None = None,
+    ):
+        super().__init__()
+        self.views, self.heads = dict(views), heads
+        self.towers = nn.ModuleDict({name: Tower(config, dim, heads) for name, config in towers.items()})
+        self.teacher = Teacher(teacher, views, self.towers, dim, collectives)
+        self.objective = objective
+        self.collectives = collectives
+        self.phase_timer = PhaseTimer()
+
+    def encode(self, batch: Batch) -> Embeddings:
+        """Unit rows per view, float32 (float64 stays)."""
+        z = {v: unit(x, self.heads) for v, x in self.through(batch, self.towers).items()}
+        return Embeddings(z, batch.ids, batch.present, batch.labels)
+
+    def table(self, batch: Batch) -> Embeddings:
+        """What the objective reads of these rows: `encode`, and beside it the teacher's views, without a graph."""
+        local = self.encode(batch)
+        with torch.no_grad():
+            teacher_rows = self.through(batch, self.teacher.towers, self.teacher.views)
+            return self.teacher.beside(local, {name: unit(x, self.heads) for name, x in teacher_rows.items()})
+
+    def features(self, batch: Batch) -> dict[str, Tensor]:
+        """The encoders' outputs before the heads: what probes and fine-tuning read."""
+        return self.through(batch, {name: cast(Tower, tower).encoder for name, tower in self.towers.items()})
+
+    def through(
+        self, batch: Batch, modules: Mapping[str, nn.Module] | nn.ModuleDict, views: Mapping[str, str] | None = None
+    ) -> dict[str, Tensor]:
+        """Each view through the module of its tower; `views` are the task's own, or the teacher's."""
+        views = self.views if views is None else views
+        data = {v: batch.views[self.teacher.originals.get(v, v)] for v in views}
+        together: dict[tuple[str, Any], list[str]] = defaultdict(list)
+        for v, tower in views.items():
+            view = data[v]
+            together[tower, (view.data.shape, view.mask is None)].append(v)
+        out = {}
+        for (tower, _), names in together.items():
+            result = modules[tower](joined([data[v] for v in names]))
+            out.update(zip(names, result.chunk(len(names))))
+        return {v: out[v] for v in views}
+
+    def forward(self, batch: Batch, gradients: EmbeddingGradients | None = None) -> Losses | Tensor:
+        """The losses; with `pull`, a scalar whose gradient in the parameters is what these rows add to the loss's."""
+        with self.phase_timer("encode"):
+            local = self.table(batch) if gradients is None else self.encode(batch)
+        return self.score(local) if gradients is None else self.weighted_by(local, gradients)
+
+    def score(self, local: Embeddings) -> Losses:
+        """The losses of a table of this rank's rows: gather once, objective; in training, the queue takes them in."""
+        queue = self.teacher.queue
+        with torch.autocast(local.ids.device.type, enabled=False):
+            with self.phase_timer("gather"):
+                mine, gathered = gather_embeddings(local, self.collectives, getattr(self.objective, "gathers", None))
+            with self.phase_timer("objective"):
+                losses = self.objective(*(queue.behind(mine, gathered) if queue else (mine, gathered)))
+            if queue and self.training:
+                queue.push(mine, gathered)
+            students = local._replace(z={v: local.z[v] for v in self.views})
+            return Losses(losses.total, {**losses.parts, **health(students)})
+
+    def weighted_by(self, local: Embeddings, gradients: EmbeddingGradients) -> Tensor:
+        """sum <z, dL/dz>, and the same of the objective's parameters."""
+        own = zip(self.objective_parameters(), gradients.parameters, strict=True) if gradients.parameters else ()
+        pairs = [*((z, gradients.z[v]) for v, z in local.z.items()), *own]
+        total = sum((x * gradient).sum() for x, gradient in pairs)
+        assert isinstance(total, Tensor)
+        return total
+
+    def objective_parameters(self) -> list[nn.Parameter]:
+        """Those that the objective itself trains."""
+        return [p for name, p in self.named_parameters() if name.startswith("objective.") and p.requires_grad]
+
+
+def joined(views: Sequence[View]) -> View:
+    """Views of one shape as one view of more rows."""
+    if len(views) == 1:
+        return views[0]
+    masks = [view.mask for view in views if view.mask is not None]
+    return View(torch.cat([view.data for view in views]), torch.cat(masks) if masks else None)

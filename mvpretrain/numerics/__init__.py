@@ -1,1 +1,0 @@
-"""Pure tensor mathematics: it knows no rank, no recipe and no model."""

@@ -1,0 +1,156 @@
+"""Checkpoints as folders: written aside, renamed when whole, found again, pruned."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from mvpretrain.data.loader import Cursor
+from mvpretrain.distributed import sample_state
+from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.engine import Engine
+from mvpretrain.recipe import Recipe
+
+
+class TrainState(NamedTuple):
+    """Where a run is: enough, with the engine's state, to go on as if nothing had happened."""
+
+    step: int
+    cursor: Cursor
+    skipped: dict[str, int]  # samples that could not be used so far, by reason
+    metrics: dict[str, float]  # of the last evaluation
+
+
+def folder(run: Path) -> Path:
+    return run / "checkpoints"
+
+
+def saved(run: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    return sorted(p for p in folder(run).glob("step-????????") if (p / "meta.json").is_file())
+
+
+def find(run: Path, which: str = "last") -> Path:
+    """One checkpoint: `last`, `best`, or a step's number. ValueError: not there, with those that are."""
+    known = saved(run)
+    if not known:
+        raise ValueError(f"{run} holds no checkpoint; train it first with `mvpretrain train {run}`")
+    if which == "last":
+        return known[-1]
+    name = best(run) if which == "best" else f"step-{int(which):08d}" if which.isdigit() else which
+    for path in known:
+        if path.name == name:
+            return path
+    raise ValueError(f"{run} has no checkpoint {which!r}; it has {', '.join(p.name for p in known)}, last and best")
+
+
+def best(run: Path) -> str | None:
+    """The name of the checkpoint with the best evaluation, None before the first one."""
+    record = _best(run)
+    return record["checkpoint"] if record else None
+
+
+def save(run: Path, engine: Engine, recipe: Recipe, place: TrainState) -> Path:
+    """Write the checkpoint of this step; every rank calls it. It appears under its name only when it is whole."""
+    rank, collectives = engine.world.rank, engine.world.collectives
+    final = folder(run) / f"step-{place.step:08d}"
+    partial = final.with_name("." + final.name)
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    collectives.largest(0)  # a barrier: nobody writes before the folder is there
+    engine.save(partial)
+    sample_state.save(engine.task, partial, rank)
+    torch.save(_generators(), partial / f"rank-{rank}.pt")
+    weights = engine.weights()
+    if rank == 0:
+        save_file(weights, partial / "weights.safetensors")
+        (partial / "recipe.yaml").write_text(recipe.dump())
+        meta = {"size": engine.world.size, "kind": engine.world.kind, "batch": recipe.batch, **place._asdict()}
+        (partial / "meta.json").write_text(json.dumps(meta, indent=1))
+    collectives.largest(0)  # and nobody renames before everyone has written
+    if rank == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        _prune(run, recipe)
+    collectives.largest(0)
+    return final
+
+
+def load(path: Path, engine: Engine) -> TrainState:
+    """Put engine, generators and place back. ValueError: a state that this engine or this recipe cannot take over."""
+    world = engine.world
+    meta = refuse_other_world(path, world.kind, world.size)
+    engine.load(path)
+    sample_state.restore(engine.task, path)
+    generators = path / f"rank-{world.rank}.pt"
+    if generators.is_file():
+        _restore(torch.load(generators, weights_only=False))
+    return TrainState(
+        meta["step"], Cursor(meta["cursor"][0], tuple(meta["cursor"][1])), meta["skipped"], meta["metrics"]
+    )
+
+
+def refuse_other_world(path: Path, kind: str, size: int) -> dict[str, Any]:
+    """What the checkpoint says of itself. ValueError: ZeRO's parts were written by other ranks or another stage."""
+    meta = json.loads((path / "meta.json").read_text())
+    if kind.startswith("zero") and (meta["size"] != size or meta["kind"] != kind):
+        raise ValueError(
+            f"{path} was written by {meta['size']} ranks under {meta['kind']}, this run has {size} under "
+            f"{kind}; start it as it was, or begin a new run from {path / 'weights.safetensors'} (init=...)"
+        )
+    return meta
+
+
+def note_best(run: Path, step: int, metric: str, value: float, collectives: Collectives) -> bool:
+    """Remember this step as the best one if it is; every rank calls it and gets the same answer."""
+    better = False
+    if collectives.rank == 0:
+        record = _best(run)
+        better = record is None or value > record["value"]
+    better = bool(collectives.largest(int(better)))
+    if better and collectives.rank == 0:
+        folder(run).mkdir(parents=True, exist_ok=True)
+        content = {"checkpoint": f"step-{step:08d}", "metric": metric, "value": value}
+        aside = folder(run) / "best.tmp"
+        aside.write_text(json.dumps(content))
+        os.replace(aside, folder(run) / "best.json")
+    return better
+
+
+def _best(run: Path) -> dict[str, Any] | None:
+    """The record of the best evaluation; None also where a run was killed before it had saved that step."""
+    path = folder(run) / "best.json"
+    record = json.loads(path.read_text()) if path.is_file() else None
+    return record if record and (folder(run) / record["checkpoint"] / "meta.json").is_file() else None
+
+
+def _prune(run: Path, recipe: Recipe) -> None:
+    for old in saved(run)[: -recipe.checkpoint.keep]:
+        if old.name != best(run):
+            shutil.rmtree(old)
+
+
+def _generators() -> dict[str, Any]:
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": np.random.get_state(),
+        "python": random.getstate(),
+    }
+
+
+def _restore(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
