@@ -13,6 +13,8 @@ compared). About 8 minutes on two cores. Exit code 0 where everything is equal, 
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -45,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.keep and args.keep.exists():
         parser.error(f"{args.keep} exists; give another folder, or remove it first")
     begin = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the other tree and its processes go as well
     try:
         with place(args.keep) as folder, sides(args.ref, folder) as both:
             print(f"then: {git('log', '-1', '--format=%h %s', args.ref)}\nnow:  {ROOT}\n", flush=True)
