@@ -259,10 +259,10 @@ CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't 
     (RuntimeError(CPU), ": can't allocate memory: you tried 96 bytes"),
 ])  # fmt: skip
 def test_memory_ended(program: Program, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str) -> None:
-    def train(*_: object) -> None:
+    def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(train, "train", train)
+    monkeypatch.setattr("mvpretrain.training.train.train", fail)
     words = [f"{told}; `mvpretrain train RECIPE --dry-run` says"]
     refused(program, "train", "r.yaml", words=words, code=4)
 

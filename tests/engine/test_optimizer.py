@@ -10,7 +10,7 @@ from torch import nn
 
 from mvpretrain import objectives
 from mvpretrain.distributed.collectives import SingleProcess
-from mvpretrain.engine.optimizer import OptimizerConfig, build_optimizer, parameter_groups
+from mvpretrain.engine.optimizer import OptimizerConfig, build_optimizer, decays, parameter_groups
 from mvpretrain.engine.schedule import ScheduleConfig, set_rate
 from mvpretrain.model.task import Task
 from mvpretrain.model.tower import TowerConfig

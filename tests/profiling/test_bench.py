@@ -200,7 +200,7 @@ class Frail(torch.nn.Module):
 def test_real_trials_on_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that really start, run, and are really killed: one row a rank fits, two do not."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    tower = {"encoder": {"kind": "tests.test_bench:Frail", "most": 1}}
+    tower = {"encoder": {"kind": "tests.profiling.test_bench:Frail", "most": 1}}
     chosen = settings(batch=4, engine=VALUE["engine"] | {"ranks": 2}, towers=VALUE["towers"] | {"a": tower})
     console = Console(file=io.StringIO(), width=120)
     assert bench.find_micro_batch(chosen, None, console) == 1
