@@ -68,7 +68,7 @@ class ProcessGroup:
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        # NCCL moves only GPU tensors, gloo's are on the CPU: the integers that we collectives must follow.
+        # NCCL moves only GPU tensors, gloo's are on the CPU: integers must follow.
         self.device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
     def gather(self, x: Tensor) -> Tensor:

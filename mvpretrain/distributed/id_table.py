@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-FULLEST = 0.7  # of all slots: beyond it, probes grow long and the table is doubled
+MAX_FILL = 0.7  # of all slots: beyond it, probes grow long and the table is doubled
 
 
-class Keyed:
+class IdTable:
     """`columns` numbers for each key that was ever set; keys are any 64-bit integers, and come as they will.
 
     Linear probing, all keys of a call at once. Memory: 9 bytes and the numbers for each slot, of which 35 to 70 % are
@@ -43,7 +43,7 @@ class Keyed:
 
     def set(self, keys: Int[Tensor, " b"], rows: Float[Tensor, "b c"]) -> None:
         """Put numbers under keys, which must differ from one another."""
-        if self.count + len(keys) > FULLEST * len(self.keys):
+        if self.count + len(keys) > MAX_FILL * len(self.keys):
             self._grow(self.count + len(keys))
         self.rows[self._walk(keys, claim=True)] = rows.to(self.rows)
 
@@ -55,7 +55,7 @@ class Keyed:
 
     def _walk(self, keys: Int[Tensor, " b"], claim: bool) -> Int[Tensor, " b"]:
         """The slot of each key; where a key is not there, -1, or with `claim` a slot that is now its own."""
-        slots, found = mixed(keys) & (len(self.keys) - 1), torch.full_like(keys, -1)
+        slots, found = splitmix64(keys) & (len(self.keys) - 1), torch.full_like(keys, -1)
         looking = torch.arange(len(keys), device=keys.device)
         while len(looking):
             at, wanted = slots[looking], keys[looking]
@@ -76,23 +76,23 @@ class Keyed:
         """Move everything into the smallest table that has room for `least` keys."""
         keys, rows = self.keys[self.taken], self.rows[self.taken]
         slots = len(self.keys)
-        while FULLEST * slots < least:
+        while MAX_FILL * slots < least:
             slots *= 2
         self.count = 0
         self._lay_out(slots, rows.dtype, rows.device)
         self.rows[self._walk(keys, claim=True)] = rows
 
 
-def mixed(keys: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
+def splitmix64(keys: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
     """A bijection of 64-bit integers that takes neighbours far apart: SplitMix64 (Steele et al. 2014)."""
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         keys = (keys ^ _shifted(keys, shift)) * factor
     return keys ^ _shifted(keys, 31)
 
 
-def owner(keys: Int[Tensor, " b"], ranks: int) -> Int[Tensor, " b"]:
+def owner_rank(keys: Int[Tensor, " b"], ranks: int) -> Int[Tensor, " b"]:
     """The rank that holds each key: by the upper half of its hash, of which slots use the lower one."""
-    return _shifted(mixed(keys), 32) % ranks
+    return _shifted(splitmix64(keys), 32) % ranks
 
 
 def _shifted(keys: Tensor, by: int) -> Tensor:

@@ -11,17 +11,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mvpretrain.distributed.collectives import Collectives
-from mvpretrain.distributed.id_table import Keyed, owner
+from mvpretrain.distributed.id_table import IdTable, owner_rank
 
 FILES = "keyed-{}.safetensors"  # in a checkpoint, by rank
 
 
-class Sharded(nn.Module):
+class SampleState(nn.Module):
     """`columns` numbers for every sample that was ever seen; a rank holds one in W of them.
 
     All ranks see the ids of the whole batch already, so that `read` needs one message, a sum to which each id's owner
     contributes, and `write` none: everyone knows the new numbers, owners keep theirs. What is written counts from the
-    next `read` on, unless `forget` comes before it: a step that was not taken must not leave a trace. The numbers are
+    next `read` on, unless `discard` comes before it: a step that was not taken must not leave a trace. The numbers are
     no part of the state dict, which knows one rank only: `save` and `restore` go through files, of any number of ranks.
 
     Memory a rank: N / W times 9 bytes and the numbers, divided by the table's fill of 35 to 70 %. `device: false` keeps
@@ -31,14 +31,14 @@ class Sharded(nn.Module):
     def __init__(self, columns: int, collectives: Collectives, device: bool = False):
         super().__init__()
         self.columns, self.collectives, self.on_device = columns, collectives, device
-        self.table: Keyed | None = None
+        self.table: IdTable | None = None
         self.staged: tuple[Tensor, Tensor] | None = None
 
     def read(self, ids: Int[Tensor, " n"], like: Tensor) -> Float[Tensor, "n c"]:
         """The numbers of the whole batch's ids, the same on every rank; NaN where an id is new. Of `like`'s type."""
         self.commit()
         if self.table is None:
-            self.table = Keyed(self.columns, like.dtype, like.device if self.on_device else "cpu")
+            self.table = IdTable(self.columns, like.dtype, like.device if self.on_device else "cpu")
         elif self.on_device:
             self.table.to(like.device)
         here = ids.to(self.table.keys.device)
@@ -56,7 +56,7 @@ class Sharded(nn.Module):
         kept[place] = rows[mine].detach()
         self.staged = known, kept
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         """Drop what was staged: the step that it belongs to was not taken."""
         self.staged = None
 
@@ -70,35 +70,35 @@ class Sharded(nn.Module):
     def items(self) -> tuple[Int[Tensor, " n"], Float[Tensor, "n c"]]:
         """(this rank's ids in ascending order, their numbers)."""
         self.commit()
-        table = self.table or Keyed(self.columns)
+        table = self.table or IdTable(self.columns)
         return table.items()
 
     def owned(self, ids: Int[Tensor, " n"]) -> Tensor:
-        return owner(ids, self.collectives.size) == self.collectives.rank
+        return owner_rank(ids, self.collectives.size) == self.collectives.rank
 
     def take(self, ids: Int[Tensor, " n"], rows: Float[Tensor, "n c"]) -> None:
         """Put in those of some saved numbers whose ids are this rank's."""
         mine = self.owned(ids)
         if self.table is None:
-            self.table = Keyed(self.columns, rows.dtype)
+            self.table = IdTable(self.columns, rows.dtype)
         device = self.table.keys.device
         self.table.set(ids[mine].to(device), rows[mine].to(device))
 
 
-def of(module: nn.Module) -> Iterator[tuple[str, Sharded]]:
+def states_in(module: nn.Module) -> Iterator[tuple[str, SampleState]]:
     """(name, numbers by id) of everything in a module that keeps some."""
-    return ((name, part) for name, part in module.named_modules() if isinstance(part, Sharded))
+    return ((name, part) for name, part in module.named_modules() if isinstance(part, SampleState))
 
 
-def forget(module: nn.Module) -> None:
-    for _, part in of(module):
-        part.forget()
+def discard(module: nn.Module) -> None:
+    for _, part in states_in(module):
+        part.discard()
 
 
 def save(module: nn.Module, folder: Path, rank: int) -> None:
     """Write this rank's numbers into `folder`, where there are any to keep."""
     found = {}
-    for name, part in of(module):
+    for name, part in states_in(module):
         found[f"{name}/ids"], found[f"{name}/rows"] = (x.cpu().contiguous() for x in part.items())
     if found:
         save_file(found, folder / FILES.format(rank))
@@ -109,11 +109,11 @@ def restore(module: nn.Module, folder: Path) -> None:
 
     ValueError: numbers of another objective.
     """
-    for _, part in of(module):
+    for _, part in states_in(module):
         part.table = part.staged = None
     for path in sorted(folder.glob(FILES.format("*"))):
         with safe_open(path, "pt") as file:
-            for name, part in of(module):
+            for name, part in states_in(module):
                 if f"{name}/ids" not in file.keys():  # noqa: SIM118  (no mapping)
                     raise ValueError(f"{path} holds no numbers for {name}; resume with the objective that it had")
                 ids, rows = file.get_tensor(f"{name}/ids"), file.get_tensor(f"{name}/rows")

@@ -40,7 +40,7 @@ def step(engine: Engine, batch: Batch, values: Sequence[float]) -> Step:
                 engine.update_ema()
     if not good:
         restore_buffers(task, before)
-        sample_state.forget(task)
+        sample_state.discard(task)
     task.phase_timer.step()
     return Step(loss, losses.parts, norm, good, sums)
 

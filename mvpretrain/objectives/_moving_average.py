@@ -23,9 +23,9 @@ from mvpretrain.config import Config
 from mvpretrain.distributed import sample_state
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.distributed.gather import own_rows
-from mvpretrain.similarity.autograd import together
+from mvpretrain.similarity.autograd import add_log_sums
 from mvpretrain.similarity.groups import Groups, log_mean_within, mean_within
-from mvpretrain.similarity.per_anchor import Gradient, Way, directed
+from mvpretrain.similarity.per_anchor import Direction, Gradient, per_anchor
 from mvpretrain.types import Embeddings, Losses
 
 
@@ -49,7 +49,7 @@ class Gamma(Config):
 class Settings(NamedTuple):
     """How averages are taken."""
 
-    pairs: Sequence[Way]
+    pairs: Sequence[Direction]
     gamma: Gamma
     eps: float
     in_view: bool
@@ -72,7 +72,7 @@ class Anchors(NamedTuple):
 class Measured(NamedTuple):
     """What a batch shows, and the averages after it."""
 
-    anchors: list[Anchors]  # by way
+    anchors: list[Anchors]  # by direction
     log_u: Float[Tensor, "n s"]  # the new moving averages by slot, without eps; NaN where there is none
     seen: Bool[Tensor, "n s"]  # slots that this batch says something of
     slope: Float[Tensor, "n s"]  # log(eps + u) - inner, the mean over the anchors of a slot
@@ -81,13 +81,13 @@ class Measured(NamedTuple):
 
 
 class MovingAverages(nn.Module):
-    """The moving averages of all ways of some pairs, and other numbers that are kept beside them.
+    """The moving averages of all directions of some pairs, and other numbers that are kept beside them.
 
-    A way's averages have a slot of their own; with `in_view`, where negatives are the other samples of both views, the
-    two ways of a pair share one (two augmentations of one image), as rows of equal ids do: the mean of their g counts.
-    `extra` numbers are kept for each slot besides. Logarithms are kept and added, so that nothing overflows and no
-    running maximum is needed; an id's first visit is told by its absence. State: a step count, and (1 + extra) numbers
-    an id and slot. Messages a step: the sum that reads the state, and four numbers an anchor.
+    A direction's averages have a slot of their own; with `in_view`, where negatives are the other samples of both
+    views, the two directions of a pair share one (two augmentations of one image), as rows of equal ids do: the mean of
+    their g counts. `extra` numbers are kept for each slot besides. Logarithms are kept and added, so that nothing
+    overflows and no running maximum is needed; an id's first visit is told by its absence. State: a step count, and (1
+    + extra) numbers an id and slot. Messages a step: the sum that reads the state, and four numbers an anchor.
     """
 
     steps: Tensor
@@ -95,12 +95,12 @@ class MovingAverages(nn.Module):
     def __init__(self, settings: Settings, collectives: Collectives, extra: int = 0):
         super().__init__()
         self.settings, self.collectives, self.extra = settings, collectives, extra
-        self.ways: list[Way] = [way for u, v in settings.pairs for way in ((u, v), (v, u))]
-        self.slot = [w // 2 if settings.in_view else w for w in range(len(self.ways))]
+        self.directions: list[Direction] = [direction for u, v in settings.pairs for direction in ((u, v), (v, u))]
+        self.slot = [w // 2 if settings.in_view else w for w in range(len(self.directions))]
         self.slots = self.slot[-1] + 1
         # Where the batch alone counts, there is nothing to remember.
         self.keeps = extra > 0 or settings.gamma.value < 1
-        self.store = sample_state.Sharded((1 + extra) * self.slots, collectives, settings.device)
+        self.store = sample_state.SampleState((1 + extra) * self.slots, collectives, settings.device)
         self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
 
     def read(self, local: Embeddings, gathered: Embeddings) -> Float[Tensor, "f n s"]:
@@ -123,8 +123,8 @@ class MovingAverages(nn.Module):
         there = ~fields[0].isnan().all(dim=1)  # the others begin with a number, whether an id is an anchor or not
         self.store.write(gathered.ids[there], rows[there])
 
-    def by_way(self, kept: Float[Tensor, "n s"], local: Embeddings) -> list[Float[Tensor, " b"]]:
-        """The local rows of what is kept by slot, for each way."""
+    def local_by_direction(self, kept: Float[Tensor, "n s"], local: Embeddings) -> list[Float[Tensor, " b"]]:
+        """The local rows of what is kept by slot, for each direction."""
         return [kept[own_rows(local, self.collectives), slot] for slot in self.slot]
 
     def measure(
@@ -136,7 +136,7 @@ class MovingAverages(nn.Module):
         adjust: Callable[[Tensor], Tensor] = lambda log_g: log_g,
         positive_in_g: bool = False,
     ) -> Measured:
-        """Everything about a batch at these temperatures, by way; `old` are the averages before it.
+        """Everything about a batch at these temperatures, by direction; `old` are the averages before it.
 
         `adjust` is applied to a slot's log g before it is averaged in, and `positive_in_g` adds the positive to the
         sum over negatives: published code does so.
@@ -167,7 +167,7 @@ class MovingAverages(nn.Module):
         return Measured(anchors, log_u, seen, torch.stack(slope, dim=1), every_tau, valid)
 
     def _below(self, log_u: Float[Tensor, "n s"]) -> Float[Tensor, "n w"]:
-        """log(eps + u) by way; 0 where there is no average, which no anchor reads."""
+        """log(eps + u) by direction; 0 where there is no average, which no anchor reads."""
         known, eps = log_u.nan_to_num(nan=0.0), self.settings.eps
         log_eps = torch.full_like(known, math.log(eps) if eps else -torch.inf)
         return torch.logaddexp(known, log_eps)[:, self.slot]
@@ -175,16 +175,16 @@ class MovingAverages(nn.Module):
     def _shown(
         self, local: Embeddings, gathered: Embeddings, tau: Sequence[Tensor], positive_in_g: bool
     ) -> list[_Shown]:
-        """By way, what the local anchors find in this batch."""
-        ways = [*self.ways, *((a, a) for a, _ in self.ways if self.settings.in_view)]
+        """By direction, what the local anchors find in this batch."""
+        directions = [*self.directions, *((a, a) for a, _ in self.directions if self.settings.in_view)]
         scales = 1 / torch.stack([*tau, *(tau if self.settings.in_view else ())])
-        found = directed(local, gathered, ways, scales, self.collectives, True, self.settings.gradient)
+        found = per_anchor(local, gathered, directions, scales, self.collectives, True, self.settings.gradient)
         shown = []
-        for w in range(len(self.ways)):
-            across, others = found[w], found[w :: len(self.ways)]
+        for w in range(len(self.directions)):
+            across, others = found[w], found[w :: len(self.directions)]
             number = sum(f.candidates for f in others)
             counts = across.anchor & (number > 0)
-            lse, positive = together([f.lse for f in others]), across.positive * scales[w]
+            lse, positive = add_log_sums([f.lse for f in others]), across.positive * scales[w]
             share = torch.stack([f.lse for f in others]).sub(lse.detach()).exp()
             mean = (share * torch.stack([f.mean for f in others])).sum(dim=0)
             log_g = (lse - positive).masked_fill(~counts, 0)
@@ -198,7 +198,7 @@ class MovingAverages(nn.Module):
         return shown
 
     def total(self, measured: Measured, losses: Sequence[Float[Tensor, " b"]]) -> Losses:
-        """The mean over anchors of each way, the sum of a pair's two ways, and the mean over pairs."""
+        """The mean over anchors of each direction, the sum of a pair's two directions, and the mean over pairs."""
         values = [
             loss.masked_fill(~a.counts, 0).sum() / a.number for loss, a in zip(losses, measured.anchors, strict=True)
         ]

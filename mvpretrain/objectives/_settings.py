@@ -97,7 +97,7 @@ class Temperature(Config):
         return bounded_exp(log_temperature, self.min, self.max)
 
 
-def anchors(asked: str | None, views: Sequence[str]) -> list[str]:
+def anchor_views(asked: str | None, views: Sequence[str]) -> list[str]:
     """The views that are exchanged between whole tuples in turn: the one asked for, `all`, or the first.
 
     ValueError: no such view.

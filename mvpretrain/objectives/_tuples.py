@@ -34,7 +34,7 @@ class Sides(NamedTuple):
     ids: Int[Tensor, " m"]
 
 
-class Found(NamedTuple):
+class TupleLosses(NamedTuple):
     """What the softmax gives each local row."""
 
     loss: Float[Tensor, " b"]
@@ -54,11 +54,11 @@ def rows_a_part(local: Embeddings, gathered: Embeddings, tuples: Tuples) -> floa
     return max(len(tuples.ids), 1) * len(local.ids) / len(gathered.ids)
 
 
-def both_ways(score: Score, local: Sides, gathered: Sides, shared: Tensors, smoothing: float = 0.0) -> Found:
+def both_ways(score: Score, local: Sides, gathered: Sides, shared: Tensors, smoothing: float = 0.0) -> TupleLosses:
     """The mean of two softmaxes: each local anchor among everyone's rests, and each local rest among the anchors.
 
-    `score(anchors, rests, shared)` gives a tile, as in `tiles.logsumexp_of`, and a batch of tiles for tensors with a
-    leading batch dimension.
+    `score(anchors, rests, shared)` gives a tile, as in `tiles.logsumexp_of_score`, and a batch of tiles for tensors
+    with a leading batch dimension.
     """
 
     def turned(rests: Tensors, anchors: Tensors, shared: Tensors) -> Tensor:
@@ -67,7 +67,7 @@ def both_ways(score: Score, local: Sides, gathered: Sides, shared: Tensors, smoo
     ids = local.ids, gathered.ids
     there = cross_entropy(score, local.anchor, local.rest, gathered.rest, shared, ids, smoothing)
     back = cross_entropy(turned, local.rest, local.anchor, gathered.anchor, shared, ids, smoothing)
-    return Found((there.loss + back.loss) / 2, there.own, (there.on_top + back.on_top) / 2)
+    return TupleLosses((there.loss + back.loss) / 2, there.own, (there.on_top + back.on_top) / 2)
 
 
 def cross_entropy(
@@ -78,7 +78,7 @@ def cross_entropy(
     shared: Tensors,
     ids: tuple[Int[Tensor, " b"], Int[Tensor, " n"]],
     smoothing: float = 0.0,
-) -> Found:
+) -> TupleLosses:
     """For each row, -log softmax of the score of its own column against the columns of other ids.
 
     `own` are the columns that belong to the rows, one each. Columns of the row's id other than its own are neither
@@ -86,7 +86,7 @@ def cross_entropy(
     negatives. Memory: O(b d + n d) and one tile.
     """
     valid = torch.ones(len(ids[1]), dtype=torch.bool, device=ids[1].device)
-    others, best = autograd.logsumexp_of(score, rows, columns, shared, valid, apart=ids)
+    others, best = autograd.logsumexp_of_score(score, rows, columns, shared, valid, exclude_same_id=ids)
     logits = one_by_one(score, rows, own, shared)
     log_sum = torch.logaddexp(others, logits)
     losses = log_sum - logits
@@ -97,7 +97,7 @@ def cross_entropy(
     with torch.no_grad():
         rival = one_by_one(score, rows, tuple(c[best] for c in columns), shared)
     on_top = (logits > rival) | (others == -torch.inf)
-    return Found(losses, logits, on_top.to(losses.dtype))
+    return TupleLosses(losses, logits, on_top.to(losses.dtype))
 
 
 def one_by_one(score: Score, rows: Tensors, columns: Tensors, shared: Tensors) -> Float[Tensor, " b"]:
@@ -120,7 +120,7 @@ def sum_apart(
 
 class _RowSums(torch.autograd.Function):
     @staticmethod
-    @autograd.exactly
+    @autograd.without_autocast
     def forward(ctx: Any, layout: tuple[Score, int, int], *tensors: Tensor) -> Tensor:
         ctx.layout = layout
         ctx.save_for_backward(*tensors)
@@ -130,7 +130,7 @@ class _RowSums(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @autograd.exactly
+    @autograd.without_autocast
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         score, b, n = ctx.layout
         tensors = ctx.saved_tensors

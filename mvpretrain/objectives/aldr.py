@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.distributed.gather import own_rows
-from mvpretrain.distributed.sample_state import Sharded
+from mvpretrain.distributed.sample_state import SampleState
 from mvpretrain.objectives import ObjectiveConfig
 from mvpretrain.objectives._moving_average import temperature_parts
 from mvpretrain.objectives._settings import pairs_of
 from mvpretrain.similarity.groups import Groups, mean_within
-from mvpretrain.similarity.per_anchor import Found, Gradient, directed
+from mvpretrain.similarity.per_anchor import Gradient, PerAnchorSums, per_anchor
 from mvpretrain.types import Embeddings, Losses
 
 
@@ -71,8 +71,8 @@ class ALDR(nn.Module):
         super().__init__()
         self.config, self.collectives = config, collectives
         self.pairs = pairs_of(config.pairs, views)
-        self.ways = [way for u, v in self.pairs for way in ((u, v), (v, u))]
-        self.store = Sharded(len(self.ways), collectives, config.device)
+        self.directions = [direction for u, v in self.pairs for direction in ((u, v), (v, u))]
+        self.store = SampleState(len(self.directions), collectives, config.device)
 
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         like = next(iter(local.z.values())).detach()
@@ -81,7 +81,9 @@ class ALDR(nn.Module):
         own = own_rows(local, self.collectives)
         new, counts = self.sharpened(local, gathered, old, own)
         temperatures = new[own].T.contiguous()
-        found = directed(local, gathered, self.ways, 1 / temperatures, self.collectives, True, self.config.gradient)
+        found = per_anchor(
+            local, gathered, self.directions, 1 / temperatures, self.collectives, True, self.config.gradient
+        )
         here = len(local.ids) / len(gathered.ids)
         values, hits = [], []
         for w, f in enumerate(found):
@@ -102,9 +104,9 @@ class ALDR(nn.Module):
     def sharpened(
         self, local: Embeddings, gathered: Embeddings, old: Float[Tensor, "n w"], own: slice
     ) -> tuple[Float[Tensor, "n w"], Bool[Tensor, "n w"]]:
-        """(everyone's temperatures after this batch, which rows are anchors of which way)."""
+        """(everyone's temperatures after this batch, which rows are anchors of which direction)."""
         before = old[own].T.contiguous()
-        found = directed(local, gathered, self.ways, 1 / before, self.collectives, True, self.config.gradient)
+        found = per_anchor(local, gathered, self.directions, 1 / before, self.collectives, True, self.config.gradient)
         c, columns = self.config, []
         for f, temperature in zip(found, before, strict=True):
             counts = f.anchor & (f.candidates > 0)
@@ -117,11 +119,11 @@ class ALDR(nn.Module):
         packed = torch.stack(columns).permute(2, 1, 0).contiguous()
         temperatures, counted = self.collectives.gather(packed).unbind(1)
         groups, valid = Groups.by(gathered.ids), counted > 0.5
-        merged = [mean_within(groups, temperatures[:, w, None], valid[:, w, None]) for w in range(len(self.ways))]
+        merged = [mean_within(groups, temperatures[:, w, None], valid[:, w, None]) for w in range(len(self.directions))]
         new = torch.stack(merged, dim=1)
         return torch.where(new.isnan(), old, new), valid
 
-    def losses(self, found: Found, temperature: Tensor, counts: Tensor) -> Float[Tensor, " b"]:
+    def losses(self, found: PerAnchorSums, temperature: Tensor, counts: Tensor) -> Float[Tensor, " b"]:
         """l_i of each anchor; of the others, some number."""
         c, log_k = self.config, (found.candidates + 1).to(temperature).log()
         negatives = (found.lse + (c.margin - found.positive) / temperature).masked_fill(~counts, 0)

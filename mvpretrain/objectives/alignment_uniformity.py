@@ -77,7 +77,9 @@ class AlignmentUniformity(nn.Module):
         for v in self.views:
             rows, columns = precise(local.z[v]), precise(gathered.z[v])
             scale = rows.new_full((1,), 2 * self.config.t)
-            lse, _ = autograd.logsumexp(rows, columns, scale, gathered.present[v], apart=(local.ids, gathered.ids))
+            lse, _ = autograd.logsumexp(
+                rows, columns, scale, gathered.present[v], exclude_same_id=(local.ids, gathered.ids)
+            )
             sums.append(lse.masked_fill(~local.present[v], -torch.inf))
         by_row = self.collectives.gather(torch.stack(sums, dim=1))
         found = []

@@ -24,9 +24,9 @@ from mvpretrain.objectives._temperature_network import (
     omega,
 )
 from mvpretrain.similarity.all_pairs import has_positive
-from mvpretrain.similarity.blockwise import COLUMNS, ROWS, Which
+from mvpretrain.similarity.blockwise import COLUMNS, ROWS, PairMask
 from mvpretrain.similarity.groups import count_by_key, sum_by_key
-from mvpretrain.similarity.top_k import hardest
+from mvpretrain.similarity.top_k import top_k
 from mvpretrain.types import Embeddings, Losses
 
 
@@ -222,8 +222,8 @@ class AMCL(nn.Module):
         """The kappa rows of view v and another id that are most similar to each anchor in each head."""
         table = gathered.z[v].unflatten(1, (self.config.heads, self.width))
         scale = self.config.heads**0.5
-        which = Which(local.present[u], gathered.present[v], local.ids, gathered.ids)
-        found = hardest(h * scale, table, self.config.kappa, which)
+        mask = PairMask(local.present[u], gathered.present[v], local.ids, gathered.ids)
+        found = top_k(h * scale, table, self.config.kappa, mask)
         head = torch.arange(self.config.heads, device=h.device)[:, None]
         rows = table[found.column, head].to(h.dtype) * scale
         similarity = (h[:, :, None] * rows).sum(dim=3)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.distributed.gather import own_rows
-from mvpretrain.distributed.sample_state import Sharded
+from mvpretrain.distributed.sample_state import SampleState
 from mvpretrain.objectives import ObjectiveConfig, registry
 from mvpretrain.similarity.groups import Groups, mean_within
 from mvpretrain.types import Embeddings, Losses
@@ -80,10 +80,10 @@ class DBPM(nn.Module):
     def __init__(self, config: DBPMConfig, objective: Any, collectives: Collectives):
         super().__init__()
         self.config, self.objective, self.collectives = config, objective, collectives
-        self.ways: list[tuple[str, str]] = objective.ways
-        objective.weigh = self.weigh
-        self.store = Sharded(2 * len(self.ways), collectives, config.device)
-        self.register_buffer("totals", torch.zeros(3, len(self.ways), dtype=torch.float64))
+        self.directions: list[tuple[str, str]] = objective.directions
+        objective.weighting = self.weigh
+        self.store = SampleState(2 * len(self.directions), collectives, config.device)
+        self.register_buffer("totals", torch.zeros(3, len(self.directions), dtype=torch.float64))
         self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
         self.history: Tensor | None = None  # of the local rows, while the objective runs
         self.told: dict[tuple[str, str], Tensor] = {}
@@ -96,7 +96,7 @@ class DBPM(nn.Module):
         kept = self.store.read(gathered.ids, like.to(torch.promote_types(like.dtype, torch.float32)))
         self.history, self.told = kept[own_rows(local, self.collectives)].view(len(local.ids), 2, -1)[:, 1], {}
         losses = self.objective(local, gathered)
-        told = torch.stack([self.told[way] for way in self.ways], dim=2)  # b 4 w
+        told = torch.stack([self.told[direction] for direction in self.directions], dim=2)  # b 4 w
         every_loss, counts, bad, weights = self.collectives.gather(told).unbind(1)
         self.history, self.told = None, {}
         if self.training:
@@ -105,16 +105,16 @@ class DBPM(nn.Module):
         parts = {"bad": (bad * counts).sum() / number, "weight": (weights * counts).sum() / number}
         return Losses(losses.total, losses.parts | parts)
 
-    def weigh(self, way: tuple[str, str], losses: Float[Tensor, " b"], counts: Bool[Tensor, " b"]) -> Tensor:
+    def weigh(self, direction: tuple[str, str], losses: Float[Tensor, " b"], counts: Bool[Tensor, " b"]) -> Tensor:
         """What the objective calls with the losses of each direction's local rows."""
-        w, loss = self.ways.index(way), losses.detach()
+        w, loss = self.directions.index(direction), losses.detach()
         bad = self.suspicious(w) & counts
         mu, sigma = self.spread(w)
         weight = (-((loss - mu) ** 2) / (2 * sigma**2)).exp()
         if self.config.published:
             weight = weight / (sigma * math.sqrt(2 * math.pi))
         weight = torch.where(bad, weight.to(loss), torch.ones_like(loss))
-        self.told[way] = torch.stack([loss, counts.to(loss), bad.to(loss), weight], dim=1)
+        self.told[direction] = torch.stack([loss, counts.to(loss), bad.to(loss), weight], dim=1)
         return losses * weight
 
     def suspicious(self, w: int) -> Bool[Tensor, " b"]:
@@ -143,7 +143,7 @@ class DBPM(nn.Module):
         self.steps += 1
         visits, mean = kept.nan_to_num(nan=0.0).view(len(ids), 2, -1).unbind(1)
         groups = Groups.by(ids)
-        columns = [mean_within(groups, losses[:, w, None], valid[:, w, None]) for w in range(len(self.ways))]
+        columns = [mean_within(groups, losses[:, w, None], valid[:, w, None]) for w in range(len(self.directions))]
         loss = torch.stack(columns, dim=1)
         seen, was = ~loss.isnan(), visits > 0
         new = torch.where(seen, mean + (loss.nan_to_num(nan=0.0) - mean) / (visits + 1), mean)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.objectives import ObjectiveConfig
-from mvpretrain.similarity.all_pairs import Sums, Weigh, all_pairs, has_positive, positive_mean
-from mvpretrain.similarity.autograd import LOWEST, together
+from mvpretrain.similarity.all_pairs import AnchorSums, AnchorWeighting, all_pairs, has_positive, positive_mean
+from mvpretrain.similarity.autograd import LOG_ZERO, add_log_sums
 from mvpretrain.types import Embeddings, Losses
 
 
@@ -60,14 +60,14 @@ class DCL(nn.Module):
     def __init__(self, config: DCLConfig, views: Sequence[str], collectives: Collectives):
         super().__init__()
         self.config, self.views, self.collectives = config, list(views), collectives
-        self.ways = list(permutations(views, 2))
-        self.weigh: Weigh | None = None
+        self.directions = list(permutations(views, 2))
+        self.weighting: AnchorWeighting | None = None
 
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         z = local.z[self.views[0]]
         scale = z.new_full((1,), 1 / self.config.temperature, dtype=torch.promote_types(z.dtype, torch.float32))
         pairs = list(combinations_with_replacement(self.views, 2))
-        sums = all_pairs(local, gathered, pairs, scale.expand(len(pairs)), self.collectives, apart=True)
+        sums = all_pairs(local, gathered, pairs, scale.expand(len(pairs)), self.collectives, exclude_same_id=True)
         means = {v: positive_mean(local, gathered, v) for v in self.views}
         parts: dict[str, Tensor] = {}
         for u, v in combinations(self.views, 2):
@@ -84,19 +84,19 @@ class DCL(nn.Module):
         u: str,
         v: str,
         positive: Float[Tensor, "b d"],
-        sums: dict[tuple[str, str], Sums],
+        sums: dict[tuple[str, str], AnchorSums],
     ) -> Float[Tensor, ""]:
         """Anchors of view u; `positive` is the mean of the rows of v that carry the anchor's id."""
         several = several_samples(gathered, u, v)
         counts = has_positive(local, gathered, u, v) & several
         all_counts = has_positive(gathered, gathered, u, v) & several
         scores = (local.z[u] * positive).sum(dim=1)
-        negatives = together([sums[u, u].lse, sums[u, v].lse])
+        negatives = add_log_sums([sums[u, u].lse, sums[u, v].lse])
         weights = (
             1.0 if self.config.weighted is None else weigh(scores, gathered, u, v, all_counts, self.config.weighted)
         )
         losses = negatives - weights * scores / self.config.temperature
-        losses = losses if self.weigh is None else self.weigh((u, v), losses.masked_fill(~counts, 0), counts)
+        losses = losses if self.weighting is None else self.weighting((u, v), losses.masked_fill(~counts, 0), counts)
         rows = all_counts.sum().clamp_min(1).to(losses.dtype) * (len(local.ids) / len(gathered.ids))
         return losses.masked_fill(~counts, 0).sum() / rows
 
@@ -113,6 +113,6 @@ def weigh(
 ) -> Float[Tensor, " b"]:
     """DCLW's weights of local anchors, from the similarities of all anchors that count."""
     all_scores = (gathered.z[u] * positive_mean(gathered, gathered, v)).sum(dim=1) / sigma
-    log_sum = all_scores.masked_fill(~counts, LOWEST).logsumexp(dim=0)
+    log_sum = all_scores.masked_fill(~counts, LOG_ZERO).logsumexp(dim=0)
     # An anchor that counts is part of the sum; the others' weights must only be finite.
     return 2 - (scores / sigma - log_sum).clamp_max(0).exp() * counts.sum()

@@ -97,13 +97,13 @@ class FastCLIP(nn.Module):
         bounds, parts = self.config.temperature, {}
         if self.individual:
             kept = [kept[0].nan_to_num(nan=bounds.init), *(x.nan_to_num(nan=0.0) for x in kept[1:])]
-            tau = self.averages.by_way(kept[0], local)
+            tau = self.averages.local_by_direction(kept[0], local)
         else:
             one = log_u.new_full((1,), bounds.init)
             if self.config.tau == "global":
                 one = bounds.bounded(self.log_temperature)
                 parts["temperature"] = one[0].detach()
-            tau = [one.expand(len(local.ids))] * len(self.averages.ways)
+            tau = [one.expand(len(local.ids))] * len(self.averages.directions)
         measured = self.averages.measure(local, gathered, log_u, tau)
         losses = self.averages.total(measured, [self.loss(a, t) for a, t in zip(measured.anchors, tau, strict=True)])
         fields = [measured.log_u]
@@ -114,7 +114,7 @@ class FastCLIP(nn.Module):
         return Losses(losses.total, losses.parts | parts)
 
     def loss(self, anchors: Anchors, tau: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """The loss of each anchor of a way."""
+        """The loss of each anchor of a direction."""
         rho = self.config.rho
         if not self.config.scaled:
             return robust(anchors, tau, rho, scaled=False)

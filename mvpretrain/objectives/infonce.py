@@ -13,8 +13,15 @@ from mvpretrain.config import unknown
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.objectives import ObjectiveConfig
 from mvpretrain.objectives._settings import Temperature, pairs_of
-from mvpretrain.similarity.all_pairs import Sums, Weigh, all_pairs, anchored, has_positive, of_way
-from mvpretrain.similarity.per_anchor import Gradient, directed
+from mvpretrain.similarity.all_pairs import (
+    AnchorSums,
+    AnchorWeighting,
+    all_pairs,
+    direction_loss,
+    has_positive,
+    in_direction,
+)
+from mvpretrain.similarity.per_anchor import Gradient, per_anchor
 from mvpretrain.types import Embeddings, Losses
 
 GATHERED = 2**31  # bytes of the gathered table above which `auto` takes the ring
@@ -80,8 +87,8 @@ class InfoNCE(nn.Module):
         super().__init__()
         self.pairs, self.config, self.collectives = pairs, config, collectives
         self.views = len({v for pair in pairs for v in pair})
-        self.ways = [way for u, v in pairs for way in ((u, v), (v, u))]
-        self.weigh: Weigh | None = None
+        self.directions = [direction for u, v in pairs for direction in ((u, v), (v, u))]
+        self.weighting: AnchorWeighting | None = None
         weights = [config.weights.get(f"{u}-{v}", 1.0) for u, v in pairs]
         self.weights = [w / sum(weights) for w in weights]
         self.log_temperature = config.temperature.parameter(len(pairs) if config.temperature.per_pair else 1)
@@ -95,14 +102,16 @@ class InfoNCE(nn.Module):
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         temperature = self.config.temperature.bounded(self.log_temperature)
         per_pair = temperature.expand(len(self.pairs))
-        found = self._sums(local, gathered, self.pairs, 1 / per_pair, apart=False)
+        found = self._sums(local, gathered, self.pairs, 1 / per_pair, exclude_same_id=False)
         others = self._in_view(local, gathered, 1 / per_pair)
         parts: dict[str, Tensor] = {}
         values = []
         for p, (u, v) in enumerate(self.pairs):
             scale = 1 / per_pair[p]
             there, back = (
-                anchored(local, gathered, found[a, c], scale, others.get((p, a)), of_way(self.weigh, (a, c)))
+                direction_loss(
+                    local, gathered, found[a, c], scale, others.get((p, a)), in_direction(self.weighting, (a, c))
+                )
                 for a, c in ((u, v), (v, u))
             )
             values.append((there.loss + back.loss) / 2)
@@ -122,16 +131,18 @@ class InfoNCE(nn.Module):
         gathered: Embeddings,
         pairs: list[tuple[str, str]],
         scales: Float[Tensor, " p"],
-        apart: bool,
-    ) -> dict[tuple[str, str], Sums]:
+        exclude_same_id: bool,
+    ) -> dict[tuple[str, str], AnchorSums]:
         if self.config.gradient == "features":
-            return all_pairs(local, gathered, pairs, scales, self.collectives, apart)
-        ways = {way: p for p, (u, v) in enumerate(pairs) for way in ((u, v), (v, u))}
-        each = scales[list(ways.values()), None].expand(-1, len(local.ids))
-        found = directed(local, gathered, list(ways), each, self.collectives, apart)
+            return all_pairs(local, gathered, pairs, scales, self.collectives, exclude_same_id)
+        directions = {direction: p for p, (u, v) in enumerate(pairs) for direction in ((u, v), (v, u))}
+        each = scales[list(directions.values()), None].expand(-1, len(local.ids))
+        found = per_anchor(local, gathered, list(directions), each, self.collectives, exclude_same_id)
         return {
-            way: Sums(f.lse, f.best, f.positive, f.anchor, has_positive(gathered, gathered, *way).sum())
-            for way, f in zip(ways, found, strict=True)
+            direction: AnchorSums(
+                f.lse, f.argmax, f.positive, f.anchor, has_positive(gathered, gathered, *direction).sum()
+            )
+            for direction, f in zip(directions, found, strict=True)
         }
 
     def _in_view(
@@ -145,6 +156,8 @@ class InfoNCE(nn.Module):
         asked = [tuple({v: None for pair in self.pairs for v in pair})] if shared else self.pairs
         sums = {}
         for p, views in enumerate(asked):
-            own = self._sums(local, gathered, [(v, v) for v in views], scales[p].expand(len(views)), apart=True)
+            own = self._sums(
+                local, gathered, [(v, v) for v in views], scales[p].expand(len(views)), exclude_same_id=True
+            )
             sums |= {(p, v): own[v, v].lse for v in views}
         return {(p, v): sums[0 if shared else p, v] for p, pair in enumerate(self.pairs) for v in pair}

@@ -71,7 +71,7 @@ class ISogCLR(nn.Module):
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         log_u, tau, momentum = self.averages.read(local, gathered)
         tau, momentum = tau.nan_to_num(nan=self.config.init), momentum.nan_to_num(nan=0.0)
-        own = self.averages.by_way(tau, local)
+        own = self.averages.local_by_direction(tau, local)
         positive = self.config.published and not self.config.in_view
         measured = self.averages.measure(local, gathered, log_u, own, positive_in_g=positive)
         losses = self.averages.total(

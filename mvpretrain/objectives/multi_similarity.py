@@ -15,7 +15,7 @@ from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.distributed.gather import own_rows
 from mvpretrain.objectives import ObjectiveConfig
 from mvpretrain.objectives._settings import pairs_of
-from mvpretrain.similarity.autograd import LOWEST, logsumexp_of
+from mvpretrain.similarity.autograd import LOG_ZERO, logsumexp_of_score
 from mvpretrain.similarity.groups import classes
 from mvpretrain.types import Embeddings, Losses
 
@@ -88,15 +88,15 @@ class MultiSimilarity(nn.Module):
 
         def positive(left: tuple[Tensor, ...], right: tuple[Tensor, ...], _: tuple[Tensor, ...]) -> Tensor:
             s, same = left[0] @ right[0].T, left[1][:, None] == right[1]
-            return torch.where(same & (s < left[2][:, None]), -c.alpha * (s - c.threshold), LOWEST)
+            return torch.where(same & (s < left[2][:, None]), -c.alpha * (s - c.threshold), LOG_ZERO)
 
         def negative(left: tuple[Tensor, ...], right: tuple[Tensor, ...], _: tuple[Tensor, ...]) -> Tensor:
             s, same = left[0] @ right[0].T, left[1][:, None] == right[1]
-            return torch.where(~same & (s > left[2][:, None]), c.beta * (s - c.threshold), LOWEST)
+            return torch.where(~same & (s > left[2][:, None]), c.beta * (s - c.threshold), LOG_ZERO)
 
-        weighted_by, _ = logsumexp_of(positive, (rows, mine, most), (columns, theirs), (), there)
-        pushed, _ = logsumexp_of(negative, (rows, mine, least), (columns, theirs), (), there)
-        losses = softplus(weighted_by.clamp_min(LOWEST)) / c.alpha + softplus(pushed.clamp_min(LOWEST)) / c.beta
+        weighted_by, _ = logsumexp_of_score(positive, (rows, mine, most), (columns, theirs), (), there)
+        pushed, _ = logsumexp_of_score(negative, (rows, mine, least), (columns, theirs), (), there)
+        losses = softplus(weighted_by.clamp_min(LOG_ZERO)) / c.alpha + softplus(pushed.clamp_min(LOG_ZERO)) / c.beta
         number = gathered.present[u].sum().clamp_min(1) * (len(local.ids) / len(gathered.ids))
         return losses.masked_fill(~local.present[u], 0).sum() / number
 
@@ -109,14 +109,14 @@ class MultiSimilarity(nn.Module):
             return rows.new_full((len(rows),), -torch.inf), rows.new_full((len(rows),), torch.inf)
 
         def far(left: tuple[Tensor, ...], right: tuple[Tensor, ...], _: tuple[Tensor, ...]) -> Tensor:
-            return torch.where(left[1][:, None] == right[1], -(left[0] @ right[0].T), LOWEST)
+            return torch.where(left[1][:, None] == right[1], -(left[0] @ right[0].T), LOG_ZERO)
 
         def near(left: tuple[Tensor, ...], right: tuple[Tensor, ...], _: tuple[Tensor, ...]) -> Tensor:
-            return torch.where(left[1][:, None] != right[1], left[0] @ right[0].T, LOWEST)
+            return torch.where(left[1][:, None] != right[1], left[0] @ right[0].T, LOG_ZERO)
 
         found = []
         for score, same in ((far, True), (near, False)):
-            _, best = logsumexp_of(score, (rows, mine), (columns, theirs), (), there)
+            _, best = logsumexp_of_score(score, (rows, mine), (columns, theirs), (), there)
             some = there[best] & ((theirs[best] == mine) == same)
             found.append(((rows * columns[best]).sum(dim=1), some))
         (least, any_positive), (most, any_negative) = found

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.objectives import ObjectiveConfig
 from mvpretrain.objectives._settings import Temperature
-from mvpretrain.similarity.all_pairs import Weigh, all_pairs, anchored, of_way
+from mvpretrain.similarity.all_pairs import AnchorWeighting, all_pairs, direction_loss, in_direction
 from mvpretrain.similarity.groups import mean_of_others
 from mvpretrain.types import Embeddings, Losses
 
@@ -56,8 +56,8 @@ class OneVsRest(nn.Module):
     def __init__(self, config: OneVsRestConfig, views: Sequence[str], collectives: Collectives):
         super().__init__()
         self.config, self.views, self.collectives = config, list(views), collectives
-        self.ways = [way for u in self.views for way in ((u, rest_of(u)), (rest_of(u), u))]
-        self.weigh: Weigh | None = None
+        self.directions = [direction for u in self.views for direction in ((u, rest_of(u)), (rest_of(u), u))]
+        self.weighting: AnchorWeighting | None = None
         self.log_temperature = config.temperature.parameter(len(self.views) if config.temperature.per_pair else 1)
 
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
@@ -71,7 +71,7 @@ class OneVsRest(nn.Module):
         for index, (u, rest) in enumerate(pairs):
             scale = 1 / per_view[index]
             there, back = (
-                anchored(local, gathered, sums[a, c], scale, weigh=of_way(self.weigh, (a, c)))
+                direction_loss(local, gathered, sums[a, c], scale, weighting=in_direction(self.weighting, (a, c)))
                 for a, c in ((u, rest), (rest, u))
             )
             values.append((there.loss + back.loss) / 2)

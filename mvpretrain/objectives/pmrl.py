@@ -71,7 +71,9 @@ class Pmrl(nn.Module):
         spectral = (logits.logsumexp(dim=1) - logits[:, 0]).sum() / rows
         scale = here.leading.new_full((1,), 1 / self.config.instance_temperature)
         valid = torch.ones_like(theirs.ids, dtype=torch.bool)
-        others, _ = autograd.logsumexp(here.leading, there.leading, scale, valid, apart=(mine.ids, theirs.ids))
+        others, _ = autograd.logsumexp(
+            here.leading, there.leading, scale, valid, exclude_same_id=(mine.ids, theirs.ids)
+        )
         own = scale * here.leading.square().sum(dim=1)
         instance = (torch.logaddexp(others, own) - own).sum() / rows
         shares = here.values[:, 0].square() / here.values.square().sum(dim=1)

@@ -16,7 +16,7 @@ from mvpretrain.objectives import ObjectiveConfig
 from mvpretrain.objectives._settings import Temperature
 from mvpretrain.similarity import autograd
 from mvpretrain.similarity.all_pairs import all_pairs, has_positive, positive_mean
-from mvpretrain.similarity.autograd import LOWEST, together
+from mvpretrain.similarity.autograd import LOG_ZERO, add_log_sums
 from mvpretrain.similarity.groups import mean_of_others
 from mvpretrain.types import Embeddings, Losses
 
@@ -99,7 +99,7 @@ def average(
     """Minus the log of the geometric or arithmetic mean over the positives that are there (0 where none is)."""
     count = there.sum(dim=0).clamp_min(1).to(log_p.dtype)
     if form == "arithmetic":
-        return count.log() - log_p.masked_fill(~there, LOWEST).logsumexp(dim=0)
+        return count.log() - log_p.masked_fill(~there, LOG_ZERO).logsumexp(dim=0)
     return -log_p.masked_fill(~there, 0).sum(dim=0) / count
 
 
@@ -114,18 +114,18 @@ def view_negatives(
 ) -> dict[str, Float[Tensor, " b"]]:
     """For each anchor view, log-sum-exp over all views of the other samples."""
     pairs = list(combinations_with_replacement(views, 2))
-    sums = all_pairs(local, gathered, pairs, scale.expand(len(pairs)), collectives, apart=True)
-    return {a: together([sums[a, v].lse for v in views]) for a in views}
+    sums = all_pairs(local, gathered, pairs, scale.expand(len(pairs)), collectives, exclude_same_id=True)
+    return {a: add_log_sums([sums[a, v].lse for v in views]) for a in views}
 
 
 def average_negatives(
     local: Embeddings, candidates: Embeddings, views: Sequence[str], scale: Float[Tensor, "1"], collectives: Collectives
 ) -> dict[str, Float[Tensor, " b"]]:
     """For each anchor view, log-sum-exp over all averages of the other samples."""
-    apart = local.ids, candidates.ids
+    exclude_same_id = local.ids, candidates.ids
     sums = {
-        (a, v): autograd.logsumexp(local.z[a], candidates.z[v], scale, candidates.present[v], apart)[0]
+        (a, v): autograd.logsumexp(local.z[a], candidates.z[v], scale, candidates.present[v], exclude_same_id)[0]
         for a in views
         for v in views
     }
-    return {a: together([sums[a, v] for v in views]) for a in views}
+    return {a: add_log_sums([sums[a, v] for v in views]) for a in views}

@@ -51,8 +51,8 @@ class SogCLR(nn.Module):
         (old,) = self.averages.read(local, gathered)
         tau = old.new_full((len(local.ids),), self.config.temperature)
         doubled = math.log(2) if self.config.published and self.config.in_view else 0.0
-        ways = len(self.averages.ways)
-        measured = self.averages.measure(local, gathered, old, [tau] * ways, lambda log_g: log_g + doubled)
+        count = len(self.averages.directions)
+        measured = self.averages.measure(local, gathered, old, [tau] * count, lambda log_g: log_g + doubled)
         losses = self.averages.total(measured, [robust(a, tau, 0.0) for a in measured.anchors])
         self.averages.write(gathered, [measured.log_u])
         return losses

@@ -15,7 +15,7 @@ from mvpretrain.distributed.gather import own_rows
 from mvpretrain.objectives import ObjectiveConfig
 from mvpretrain.objectives._settings import Temperature
 from mvpretrain.similarity.all_pairs import all_pairs
-from mvpretrain.similarity.autograd import together
+from mvpretrain.similarity.autograd import add_log_sums
 from mvpretrain.similarity.groups import classes, count_by_key, sum_by_key
 from mvpretrain.types import Embeddings, Losses
 
@@ -88,8 +88,8 @@ class SupCon(nn.Module):
         """For each anchor view, log-sum-exp over all other points of all views."""
         pairs, own = list(combinations(self.views, 2)), [(v, v) for v in self.views]
         sums = all_pairs(local, gathered, pairs, scale.expand(len(pairs)), self.collectives)
-        sums |= all_pairs(local, gathered, own, scale.expand(len(own)), self.collectives, apart=True)
-        return {u: together([sums[u, v].lse for v in self.views]) for u in self.views}
+        sums |= all_pairs(local, gathered, own, scale.expand(len(own)), self.collectives, exclude_same_id=True)
+        return {u: add_log_sums([sums[u, v].lse for v in self.views]) for u in self.views}
 
     def positives(
         self, gathered: Embeddings, u: str, ids: Int[Tensor, " b"], asked: Int[Tensor, " b"], known: Int[Tensor, " n"]

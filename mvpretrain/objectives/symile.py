@@ -154,7 +154,7 @@ def against_drawn(
 ) -> Against:
     """The t-th rows of the tables `rest` are a tuple; `samples` says whose rows they are, `own` whose the anchors."""
     products, owners = product(rest), owner(samples)
-    lse, best = autograd.logsumexp(anchor, products, scale, owners >= MIXED, apart=(own, owners))
+    lse, best = autograd.logsumexp(anchor, products, scale, owners >= MIXED, exclude_same_id=(own, owners))
     with torch.no_grad():
         top = scale * (anchor * products[best]).sum(dim=1)
     return Against(lse, top.masked_fill(lse == -torch.inf, -torch.inf))
@@ -179,8 +179,8 @@ def against_all(
         return (rows[0] * scale) @ product([z[p] for z, p in zip(rest, places(columns[0]))]).T
 
     owners = owner([samples[p] for p in places(numbers)])
-    lse, best = autograd.logsumexp_of(
-        score, (anchor,), (numbers,), (scale, *rest), owners >= MIXED, apart=(own, owners)
+    lse, best = autograd.logsumexp_of_score(
+        score, (anchor,), (numbers,), (scale, *rest), owners >= MIXED, exclude_same_id=(own, owners)
     )
     with torch.no_grad():
         top = scale * (anchor * product([z[p] for z, p in zip(rest, places(numbers[best]))])).sum(dim=1)

@@ -72,13 +72,13 @@ class TempNet(nn.Module):
         super().__init__()
         self.config = config
         self.averages = MovingAverages(config.settings(views), collectives)
-        self.views = list(dict.fromkeys(v for way in self.averages.ways for v in way))
+        self.views = list(dict.fromkeys(v for direction in self.averages.directions for v in direction))
         self.networks = nn.ModuleList(Predictor(config, dim) for _ in self.views)
 
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         (old,) = self.averages.read(local, gathered)
         predicted = {v: network(local.z[v].detach()) for v, network in zip(self.views, self.networks, strict=True)}
-        tau = [predicted[a] for a, _ in self.averages.ways]
+        tau = [predicted[a] for a, _ in self.averages.directions]
         measured = self.averages.measure(local, gathered, old, tau)
         losses = self.averages.total(
             measured, [robust(a, t, self.config.rho) for a, t in zip(measured.anchors, tau, strict=True)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.objectives import ObjectiveConfig, _tuples
-from mvpretrain.objectives._settings import Temperature, anchors
+from mvpretrain.objectives._settings import Temperature, anchor_views
 from mvpretrain.objectives._tuples import Sides, Tensors, Tuples
 from mvpretrain.types import Embeddings, Losses
 
@@ -38,7 +38,7 @@ class TriangleConfig(ObjectiveConfig):
                 f"objective kind 'triangle' takes 3 views, got {len(views)}: {', '.join(views)}; kind 'gram' takes "
                 "any number"
             )
-        anchors(self.anchor, views)
+        anchor_views(self.anchor, views)
         self.temperature.refuse_per_pair("triangle compares whole triples and has one temperature")
 
     def build(self, views: Sequence[str], collectives: Collectives) -> Triangle:
@@ -72,7 +72,7 @@ class Triangle(nn.Module):
 
     def __init__(self, config: TriangleConfig, views: Sequence[str]):
         super().__init__()
-        self.config, self.views, self.anchors = config, list(views), anchors(config.anchor, views)
+        self.config, self.views, self.anchor_views = config, list(views), anchor_views(config.anchor, views)
         self.log_temperature = config.temperature.parameter()
 
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
@@ -81,7 +81,7 @@ class Triangle(nn.Module):
         rows = _tuples.rows_a_part(local, gathered, theirs)
         parts = {"temperature": temperature[0].detach(), "area": (areas(*mine.z).sum() / rows).detach()}
         values = []
-        for anchor in self.anchors:
+        for anchor in self.anchor_views:
             at, smoothing = self.views.index(anchor), self.config.label_smoothing
             found = _tuples.both_ways(self.score, sides(mine, at), sides(theirs, at), (temperature,), smoothing)
             values.append(found.loss.sum() / rows)

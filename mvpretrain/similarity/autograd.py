@@ -13,13 +13,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
 from mvpretrain.similarity import blockwise
-from mvpretrain.similarity.blockwise import Running, Which, finite, scaled_tiles, slices
+from mvpretrain.similarity.blockwise import OnlineLogSumExp, PairMask, finite, scaled_tiles, slices
 
 Tensors = tuple[Tensor, ...]
-LOWEST = -1e30  # stands for log 0, of which the gradient of a log-sum-exp would make NaN
+LOG_ZERO = -1e30  # stands for log 0, of which the gradient of a log-sum-exp would make NaN
 
 
-def exactly(function: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """Autocast off: in bfloat16, similarities of scale 100 would be off by whole units."""
 
     @wraps(function)
@@ -36,43 +36,43 @@ def logsumexp(
     columns: Float[Tensor, "n d"],
     scale: Float[Tensor, "1"],
     valid: Bool[Tensor, " n"],
-    apart: tuple[Int[Tensor, " b"], Int[Tensor, " n"]] | None = None,
+    exclude_same_id: tuple[Int[Tensor, " b"], Int[Tensor, " n"]] | None = None,
 ) -> tuple[Float[Tensor, " b"], Int[Tensor, " b"]]:
     """For each row i: log sum_j exp(scale <row_i, column_j>) over valid columns, and the j of the largest term.
 
-    With `apart` = (ids of rows, ids of columns), columns of the row's own id are left out too. A row that no column is
-    left for gets -inf (no gradient) and index 0. Differentiable once, in rows, columns and scale; the backward
-    recomputes the tiles: d lse_i / d row_i = scale sum_j p_ij column_j with p = softmax, and so on. Memory:
+    `exclude_same_id` is (ids of rows, ids of columns): with it, columns of the row's own id are left out too. A row
+    that no column is left for gets -inf (no gradient) and index 0. Differentiable once, in rows, columns and scale; the
+    backward recomputes the tiles: d lse_i / d row_i = scale sum_j p_ij column_j with p = softmax, and so on. Memory:
     O(b d + n d) plus one tile.
     """
-    which = Which(torch.ones(len(rows), dtype=torch.bool, device=rows.device), valid, *(apart or ()))
-    return _LogSumExp.apply(rows, columns, scale, which)  # type: ignore[return-value]
+    mask = PairMask(torch.ones(len(rows), dtype=torch.bool, device=rows.device), valid, *(exclude_same_id or ()))
+    return _LogSumExp.apply(rows, columns, scale, mask)  # type: ignore[return-value]
 
 
 class _LogSumExp(torch.autograd.Function):
     @staticmethod
-    @exactly
-    def forward(ctx: Any, rows, columns, scale, which):
-        found, _ = blockwise.forward(rows, columns, scale, which, both=False)
+    @without_autocast
+    def forward(ctx: Any, rows, columns, scale, mask):
+        found, _ = blockwise.forward(rows, columns, scale, mask, both=False)
         ctx.save_for_backward(rows, columns, scale, found.lse)
-        ctx.which = which
-        ctx.mark_non_differentiable(found.best)
-        return found.lse, found.best
+        ctx.mask = mask
+        ctx.mark_non_differentiable(found.argmax)
+        return found.lse, found.argmax
 
     @staticmethod
     @once_differentiable
-    @exactly
+    @without_autocast
     def backward(ctx: Any, grad, _):  # type: ignore[override]
         rows, columns, scale, lse = ctx.saved_tensors
-        to_rows, to_columns = blockwise.backward(rows, columns, scale, ctx.which, (lse, grad), None)
+        to_rows, to_columns = blockwise.backward(rows, columns, scale, ctx.mask, (lse, grad), None)
         # sum_ij G_ij <row_i, column_j> without another tile: it is <rows, G columns>.
         to_scale = (to_rows * rows).sum().reshape(scale.shape)
         return to_rows * scale, to_columns * scale, to_scale, None
 
 
-def together(log_sums: Sequence[Float[Tensor, " b"]]) -> Float[Tensor, " b"]:
-    """The logarithm of the sum of sums; LOWEST where all are of nothing."""
-    return torch.stack(list(log_sums)).clamp_min(LOWEST).logsumexp(dim=0)
+def add_log_sums(log_sums: Sequence[Float[Tensor, " b"]]) -> Float[Tensor, " b"]:
+    """The logarithm of the sum of sums; LOG_ZERO where all are of nothing."""
+    return torch.stack(list(log_sums)).clamp_min(LOG_ZERO).logsumexp(dim=0)
 
 
 def softplus_sum(
@@ -91,21 +91,21 @@ def softplus_sum(
 
 class _SoftplusSum(torch.autograd.Function):
     @staticmethod
-    @exactly
+    @without_autocast
     def forward(ctx: Any, rows, columns, scale, bias, valid):
         total = rows.new_zeros(len(rows))
-        for i, _, tile in scaled_tiles(rows, columns, scale, Which(valid.new_ones(len(rows)), valid)):
+        for i, _, tile in scaled_tiles(rows, columns, scale, PairMask(valid.new_ones(len(rows)), valid)):
             total[i] += softplus(tile.add_(bias), threshold=50).sum(dim=1)
         ctx.save_for_backward(rows, columns, scale, bias, valid)
         return total
 
     @staticmethod
     @once_differentiable
-    @exactly
+    @without_autocast
     def backward(ctx: Any, grad):  # type: ignore[override]
         rows, columns, scale, bias, valid = ctx.saved_tensors
         to_rows, to_columns, to_bias = torch.zeros_like(rows), torch.zeros_like(columns), torch.zeros_like(bias)
-        for i, j, tile in scaled_tiles(rows, columns, scale, Which(valid.new_ones(len(rows)), valid)):
+        for i, j, tile in scaled_tiles(rows, columns, scale, PairMask(valid.new_ones(len(rows)), valid)):
             weight = tile.add_(bias).sigmoid_().mul_(grad[i, None])
             to_bias += weight.sum()
             to_rows[i].addmm_(weight, columns[j])
@@ -114,46 +114,46 @@ class _SoftplusSum(torch.autograd.Function):
         return to_rows * scale, to_columns * scale, to_scale, to_bias, None
 
 
-def logsumexp_of(
+def logsumexp_of_score(
     score: Callable[[Tensors, Tensors, Tensors], Tensor],
     rows: Tensors,
     columns: Tensors,
     shared: Tensors,
     valid: Bool[Tensor, " n"],
-    apart: tuple[Int[Tensor, " b"], Int[Tensor, " n"]] | None = None,
+    exclude_same_id: tuple[Int[Tensor, " b"], Int[Tensor, " n"]] | None = None,
 ) -> tuple[Float[Tensor, " b"], Int[Tensor, " b"]]:
     """`logsumexp` of any score: `score(rows[i], columns[j], shared)` gives the tile of a block of rows and of columns.
 
     `rows` and `columns` are tensors whose first dimension is cut into blocks, `shared` are whole. The score is a pure
     function; autograd differentiates it in one tile at a time. Differentiable once, in all three.
     """
-    layout = (score, len(rows), len(columns), valid, apart)
-    return _LogSumExpOf.apply(layout, *rows, *columns, *shared)  # type: ignore[return-value]
+    layout = (score, len(rows), len(columns), valid, exclude_same_id)
+    return _LogSumExpOfScore.apply(layout, *rows, *columns, *shared)  # type: ignore[return-value]
 
 
-class _LogSumExpOf(torch.autograd.Function):
+class _LogSumExpOfScore(torch.autograd.Function):
     @staticmethod
-    @exactly
+    @without_autocast
     def forward(ctx: Any, layout, *tensors: Tensor):
-        score, b, n, valid, apart = layout
-        found = Running(len(tensors[0]), tensors[0])
+        score, b, n, valid, exclude_same_id = layout
+        found = OnlineLogSumExp(len(tensors[0]), tensors[0])
         for i in slices(len(tensors[0]), blockwise.ROWS):
             for j in slices(len(valid), blockwise.COLUMNS):
-                tile = _masked(score(*_blocks(tensors, b, n, i, j)), valid, apart, i, j)
+                tile = _masked(score(*_blocks(tensors, b, n, i, j)), valid, exclude_same_id, i, j)
                 peak = tile.amax(dim=1)
-                found.note_best(i, j.start, peak, lambda at, tile=tile: tile[at].argmax(dim=1))
+                found.update_argmax(i, j.start, peak, lambda at, tile=tile: tile[at].argmax(dim=1))
                 found.add(i, peak, (tile - finite(peak)[:, None]).exp().sum(dim=1))
         sums = found.sums()
         ctx.layout = layout
         ctx.save_for_backward(sums.lse, *tensors)
-        ctx.mark_non_differentiable(sums.best)
-        return sums.lse, sums.best
+        ctx.mark_non_differentiable(sums.argmax)
+        return sums.lse, sums.argmax
 
     @staticmethod
     @once_differentiable
-    @exactly
+    @without_autocast
     def backward(ctx: Any, grad, _):  # type: ignore[override]
-        score, b, n, valid, apart = ctx.layout
+        score, b, n, valid, exclude_same_id = ctx.layout
         lse, *tensors = ctx.saved_tensors
         lse, grad = blockwise.without_empty(lse, grad)
         total = [torch.zeros_like(x) if need else None for x, need in zip(tensors, ctx.needs_input_grad[1:])]
@@ -162,7 +162,7 @@ class _LogSumExpOf(torch.autograd.Function):
                 leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in _flat(_blocks(tensors, b, n, i, j))]
                 with torch.enable_grad():
                     tile = score(tuple(leaves[:b]), tuple(leaves[b : b + n]), tuple(leaves[b + n :]))
-                    weight = (_masked(tile.detach(), valid, apart, i, j) - lse[i, None]).exp() * grad[i, None]
+                    weight = (_masked(tile.detach(), valid, exclude_same_id, i, j) - lse[i, None]).exp() * grad[i, None]
                     weighted = (tile * weight).sum()
                 wanted = [x for x, t in zip(leaves, total) if t is not None]
                 found = iter(torch.autograd.grad(weighted, wanted, allow_unused=True))
@@ -187,8 +187,8 @@ def _flat(blocks: tuple[Tensors, Tensors, Tensors]) -> list[Tensor]:
     return [x for part in blocks for x in part]
 
 
-def _masked(tile: Tensor, valid: Tensor, apart: tuple[Tensor, Tensor] | None, i: slice, j: slice) -> Tensor:
+def _masked(tile: Tensor, valid: Tensor, exclude_same_id: tuple[Tensor, Tensor] | None, i: slice, j: slice) -> Tensor:
     gone = ~valid[j]
-    if apart is not None:
-        gone = gone | (apart[0][i, None] == apart[1][j])
+    if exclude_same_id is not None:
+        gone = gone | (exclude_same_id[0][i, None] == exclude_same_id[1][j])
     return tile.masked_fill(gone, -torch.inf)

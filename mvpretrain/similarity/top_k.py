@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mvpretrain.similarity.blockwise import COLUMNS, ROWS, Which, slices
+from mvpretrain.similarity.blockwise import COLUMNS, ROWS, PairMask, slices
 
 
-class Hardest(NamedTuple):
+class TopK(NamedTuple):
     """What each row finds among the columns that count for it; -inf and any column where these are too few."""
 
     similarity: Float[Tensor, "b h k"]  # the k largest in each head, the largest first
@@ -21,8 +21,8 @@ class Hardest(NamedTuple):
 
 
 @torch.no_grad()
-def hardest(rows: Float[Tensor, "b h d"], columns: Float[Tensor, "n h d"], k: int, which: Which) -> Hardest:
-    """The k largest <row, column> of every head, over the columns that `which` pairs with a row. No gradient.
+def top_k(rows: Float[Tensor, "b h d"], columns: Float[Tensor, "n h d"], k: int, mask: PairMask) -> TopK:
+    """The k largest <row, column> of every head, over the columns that `mask` pairs with a row. No gradient.
 
     Cost: b n h d multiplications. Memory: what is returned, and a tile of 512 x 1024 numbers a head.
     """
@@ -30,23 +30,23 @@ def hardest(rows: Float[Tensor, "b h d"], columns: Float[Tensor, "n h d"], k: in
     similarity = rows.new_full((b, heads, k), -torch.inf)
     column = torch.zeros(b, heads, k, dtype=torch.int64, device=rows.device)
     mean = rows.new_full((b,), -torch.inf)
-    for i, j, tile in tiles(rows, columns, which):
+    for i, j, tile in tiles(rows, columns, mask):
         mean[i] = torch.maximum(mean[i], tile.mean(dim=0).amax(dim=1))
         found, place = tile.topk(min(k, tile.shape[2]), dim=2)
         together = torch.cat([similarity[i], found.movedim(0, 1)], dim=2)
         places = torch.cat([column[i], place.movedim(0, 1) + j.start], dim=2)
         similarity[i], chosen = together.topk(k, dim=2)
         column[i] = places.gather(2, chosen)
-    return Hardest(similarity, column, mean)
+    return TopK(similarity, column, mean)
 
 
-def tiles(rows: Tensor, columns: Tensor, which: Which) -> Iterator[tuple[slice, slice, Float[Tensor, "h i j"]]]:
+def tiles(rows: Tensor, columns: Tensor, mask: PairMask) -> Iterator[tuple[slice, slice, Float[Tensor, "h i j"]]]:
     """(rows, columns, the similarities of each head), -inf where a pair does not count."""
     for i in slices(len(rows), ROWS):
         left = rows[i].movedim(1, 0)
         for j in slices(len(columns), COLUMNS):
-            gone = ~(which.rows[i, None] & which.columns[j])
-            if which.row_ids is not None and which.column_ids is not None:
-                gone |= which.row_ids[i, None] == which.column_ids[j]
+            gone = ~(mask.rows[i, None] & mask.columns[j])
+            if mask.row_ids is not None and mask.column_ids is not None:
+                gone |= mask.row_ids[i, None] == mask.column_ids[j]
             right = columns[j].to(rows.dtype).permute(1, 2, 0)
             yield i, j, torch.bmm(left, right).masked_fill_(gone, -torch.inf)

@@ -82,9 +82,9 @@ def forward(
             row_parts = tables.scale.new_empty(3, grid[1], b)
             column_parts = tables.scale.new_empty(3, grid[0], n) if both else None
             _launch(triton_kernels.statistics, grid, *tables.slab(i, j), row_parts, column_parts, **blocks._asdict())
-            by_row.fold(row_parts, i, j.start)
+            by_row.merge(row_parts, i, j.start)
             if by_column is not None and column_parts is not None:
-                by_column.fold(column_parts, j, i.start)
+                by_column.merge(column_parts, j, i.start)
     column_lse, column_best = by_column.sums() if by_column else (None, None)
     return *by_row.sums(), column_lse, column_best
 
@@ -125,7 +125,13 @@ def backward(
             to_column = by_column[:, j] if by_column is not None else (None, None)
             sums = *by_row[:, i], *to_column, gain
             _launch(
-                triton_kernels.weigh, grid, *tables.slab(i, j), *sums, weights, weights.shape[1], **blocks._asdict()
+                triton_kernels.gradient_weights,
+                grid,
+                *tables.slab(i, j),
+                *sums,
+                weights,
+                weights.shape[1],
+                **blocks._asdict(),
             )
             to_rows.add(weights, tables.columns[j], i)
             to_columns.add(weights.T, tables.rows[i], j)
@@ -159,23 +165,23 @@ class _Running(NamedTuple):
 
     top: Float[Tensor, " b"]
     total: Float[Tensor, " b"]
-    best: Int[Tensor, " b"]
+    argmax: Int[Tensor, " b"]
 
     @classmethod
     def of(cls, table: Tensor) -> _Running:
         zeros = torch.zeros(len(table), device=table.device)
         return cls(zeros - torch.inf, zeros, torch.zeros_like(zeros, dtype=torch.int64))
 
-    def fold(self, parts: Tensor, at: slice, offset: int) -> None:
+    def merge(self, parts: Tensor, at: slice, offset: int) -> None:
         from mvpretrain.similarity import triton_kernels
 
         _, tiles, length = parts.shape
         grid = (math.ceil(length / 64),)
         running = (x[at] for x in self)
-        _launch(triton_kernels.fold, grid, parts, *running, tiles, length, offset, TILES=32, LENGTH=64)
+        _launch(triton_kernels.merge, grid, parts, *running, tiles, length, offset, TILES=32, LENGTH=64)
 
     def sums(self) -> tuple[Tensor, Tensor]:
-        return (self.top + self.total.log2()) * math.log(2), self.best
+        return (self.top + self.total.log2()) * math.log(2), self.argmax
 
 
 class _Gradient(NamedTuple):

@@ -81,7 +81,7 @@ def statistics(
 
 @triton.jit(do_not_specialize=["tiles", "length", "offset"])
 @no_type_check
-def fold(parts, tops, totals, bests, tiles, length, offset, TILES: tl.constexpr, LENGTH: tl.constexpr):
+def merge(parts, tops, totals, bests, tiles, length, offset, TILES: tl.constexpr, LENGTH: tl.constexpr):
     """Take a slab's parts [3, tiles, length] into the running statistics [length]: the online softmax.
 
     `offset` is added to the slab's indices.
@@ -114,7 +114,7 @@ def fold(parts, tops, totals, bests, tiles, length, offset, TILES: tl.constexpr,
 
 @triton.jit(do_not_specialize=["b", "n"])
 @no_type_check
-def weigh(
+def gradient_weights(
     rows, columns, row_valid, column_valid, row_ids, column_ids, scale, b, n, d,
     row_lse, row_grad, column_lse, column_grad, gain, weights, stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,

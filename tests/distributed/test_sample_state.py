@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mvpretrain.distributed import sample_state
 from mvpretrain.distributed.collectives import ProcessGroup, SingleProcess
-from mvpretrain.distributed.sample_state import Sharded
+from mvpretrain.distributed.sample_state import SampleState
 
 LIKE = torch.zeros(1, dtype=torch.float64)
 
@@ -23,9 +23,9 @@ def ids_of(step: int) -> Tensor:
     return ids
 
 
-def counted(collectives: Any, steps: range, store: Sharded | None = None) -> Sharded:
+def counted(collectives: Any, steps: range, store: SampleState | None = None) -> SampleState:
     """Each visit adds 1 to the first number and the step to the second."""
-    store = store or Sharded(2, collectives)
+    store = store or SampleState(2, collectives)
     for step in steps:
         ids = ids_of(step)
         store.write(ids, store.read(ids, LIKE).nan_to_num(nan=0.0) + torch.tensor([1.0, step]))
@@ -41,7 +41,7 @@ def wanted(steps: range) -> dict[int, list[float]]:
     return found
 
 
-def dictionary(store: Sharded) -> dict[int, list[float]]:
+def dictionary(store: SampleState) -> dict[int, list[float]]:
     ids, rows = store.items()
     return dict(zip(ids.tolist(), rows.tolist(), strict=True))
 
@@ -61,18 +61,18 @@ def test_each_id_has_one_owner_and_every_visit_counts(ranks, size):
 def test_what_is_forgotten_was_never_there():
     store = counted(SingleProcess(), range(3))
     store.write(ids_of(3), torch.full((16, 2), 7.0, dtype=torch.float64))
-    store.forget()
+    store.discard()
     assert dictionary(store) == wanted(range(3))
 
 
 class Holder(nn.Module):
     def __init__(self, collectives: Any, columns: int = 2):
         super().__init__()
-        self.inside = nn.ModuleList([Sharded(columns, collectives)])
+        self.inside = nn.ModuleList([SampleState(columns, collectives)])
 
 
-def first(holder: Holder) -> Sharded:
-    return next(part for _, part in sample_state.of(holder))
+def first(holder: Holder) -> SampleState:
+    return next(part for _, part in sample_state.states_in(holder))
 
 
 def saved(rank: int, folder: Path) -> None:
@@ -103,7 +103,7 @@ def test_numbers_of_another_objective_are_refused(tmp_path):
     sample_state.save(holder, tmp_path, 0)
     with pytest.raises(ValueError, match=r"has 2 numbers an id for inside\.0, this objective keeps 3"):
         sample_state.restore(Holder(SingleProcess(), 3), tmp_path)
-    other = nn.ModuleDict({"elsewhere": Sharded(2, SingleProcess())})
+    other = nn.ModuleDict({"elsewhere": SampleState(2, SingleProcess())})
     with pytest.raises(ValueError, match="holds no numbers for elsewhere; resume with the objective that it had"):
         sample_state.restore(other, tmp_path)
 

@@ -192,7 +192,7 @@ def individual(kind: str, dtype: torch.dtype, **settings: Any) -> Any:
 
 
 def kept(engine: Any) -> dict[int, list[float]]:
-    ids, rows = next(part for _, part in sample_state.of(engine.task)).items()
+    ids, rows = next(part for _, part in sample_state.states_in(engine.task)).items()
     return dict(zip(ids.tolist(), rows.tolist(), strict=True))
 
 

@@ -47,7 +47,7 @@ def test_values_gradients_and_temperatures_are_those_of_the_loop(k, gradient):
         losses = objective(whole, whole)
         assert float(losses.total.detach()) == pytest.approx(total.item(), rel=1e-10)
         assert_gradients(whole, total, losses.total)
-    ids, rows = next(part for _, part in sample_state.of(objective)).items()
+    ids, rows = next(part for _, part in sample_state.states_in(objective)).items()
     found = {(i, w): float(rows[at, w]) for at, i in enumerate(ids.tolist()) for w in range(len(ways))}
     assert all(found[key] == pytest.approx(t, rel=1e-9) for key, t in kept.items())
     assert max(kept.values()) - min(kept.values()) > 0.01 and min(kept.values()) >= most * (1 - 1 / alpha)

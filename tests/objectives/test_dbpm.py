@@ -78,7 +78,7 @@ def test_values_gradients_and_histories_are_those_of_the_loop(published):
         assert_gradients(whole, wanted, losses.total)
         lightest = min(lightest, *weights)
     assert lightest < 0.9  # some were weighed
-    ids, rows = next(part for _, part in sample_state.of(objective)).items()
+    ids, rows = next(part for _, part in sample_state.states_in(objective)).items()
     for at, name in enumerate(ids.tolist()):
         for w in range(2):
             assert rows[at, w::2].tolist() == pytest.approx(loop.history.get((name, w), (0, 0.0)), rel=1e-10)

@@ -116,7 +116,7 @@ def test_ranks_are_one_process(ranks, settings):
 
 
 def test_gamma_falls_by_half_a_cosine_and_stays():
-    gamma = Gamma(value=0.2, decay_steps=10, gathered=5)
+    gamma = Gamma(value=0.2, decay_steps=10, every=5)
     assert [gamma.at(step) for step in (0, 4)] == [1.0, 1.0]
     assert gamma.at(5) == pytest.approx(0.6) == gamma.at(9)
     assert gamma.at(10) == gamma.at(99) == 0.2

@@ -71,7 +71,7 @@ def stated(rank: int, config: dict[str, Any], size: int) -> dict[int, list[float
         mine = part_of(table(3, seed=step, dtype=torch.float64), rank, size)
         local, gathered = gather_embeddings(mine, collectives) if collectives else (mine, mine)
         objective(local, gathered)
-    ids, rows = next(part for _, part in sample_state.of(objective)).items()
+    ids, rows = next(part for _, part in sample_state.states_in(objective)).items()
     return dict(zip(ids.tolist(), rows.tolist(), strict=True))
 
 
@@ -131,7 +131,7 @@ def test_evaluation_leaves_no_trace():
     objective = build({"kind": "sogclr"}, 3).eval()
     whole = batches(3, 1)[0]
     objective(whole, whole)
-    store = next(part for _, part in sample_state.of(objective))
+    store = next(part for _, part in sample_state.states_in(objective))
     assert len(store.items()[0]) == 0 and int(objective.get_buffer("averages.steps")) == 0
 
 

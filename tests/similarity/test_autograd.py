@@ -35,14 +35,14 @@ def ids_of(b: int, n: int) -> tuple[Tensor, Tensor]:
     return names[torch.randint(4, (b,), generator=make)], names[torch.randint(4, (n,), generator=make)]
 
 
-def slow(rows, columns, scale, valid, apart=None) -> tuple[list[float], list[int]]:
+def slow(rows, columns, scale, valid, exclude_same_id=None) -> tuple[list[float], list[int]]:
     """The definition, a number at a time."""
     sums, bests = [], []
     for i in range(len(rows)):
         terms = {
             j: float(scale) * sum(float(a) * float(b) for a, b in zip(rows[i], columns[j]))
             for j in range(len(columns))
-            if valid[j] and (apart is None or int(apart[0][i]) != int(apart[1][j]))
+            if valid[j] and (exclude_same_id is None or int(exclude_same_id[0][i]) != int(exclude_same_id[1][j]))
         }
         top = max(terms.values(), default=0.0)
         total = math.fsum(math.exp(t - top) for t in terms.values())
@@ -56,9 +56,9 @@ def slow(rows, columns, scale, valid, apart=None) -> tuple[list[float], list[int
 @pytest.mark.parametrize("b", [1, 3, 4, 5, 8, 9])
 def test_value_and_best_are_those_of_the_loop(small_tiles, b, n, with_ids):
     rows, columns, scale, valid = case(b, n)
-    apart = ids_of(b, n) if with_ids else None
-    found, best = autograd.logsumexp(rows, columns, scale, valid, apart)
-    sums, bests = slow(rows, columns, scale, valid, apart)
+    exclude_same_id = ids_of(b, n) if with_ids else None
+    found, best = autograd.logsumexp(rows, columns, scale, valid, exclude_same_id)
+    sums, bests = slow(rows, columns, scale, valid, exclude_same_id)
     torch.testing.assert_close(found, torch.tensor(sums, dtype=torch.float64), rtol=1e-12, atol=1e-12)
     assert best.tolist() == bests
 
@@ -69,9 +69,9 @@ def test_gradient_is_that_of_finite_differences(small_tiles, b, n, with_ids):
     rows, columns, scale, valid = case(b, n)
     valid[0] = True
     # Row 0 keeps a column, so that every value is finite; rows without any are tested below.
-    apart = (torch.arange(b), torch.arange(n) + 1) if with_ids else None
+    exclude_same_id = (torch.arange(b), torch.arange(n) + 1) if with_ids else None
     inputs = rows.requires_grad_(), columns.requires_grad_(), scale.requires_grad_()
-    assert torch.autograd.gradcheck(lambda r, c, s: autograd.logsumexp(r, c, s, valid, apart)[0], inputs)
+    assert torch.autograd.gradcheck(lambda r, c, s: autograd.logsumexp(r, c, s, valid, exclude_same_id)[0], inputs)
 
 
 @pytest.mark.parametrize("default_tiles", [False, True])
@@ -80,11 +80,13 @@ def test_gradient_is_that_of_autograd(default_tiles, monkeypatch):
         monkeypatch.setattr(blockwise, "ROWS", 7)
         monkeypatch.setattr(blockwise, "COLUMNS", 3)
     rows, columns, scale, valid = case(20, 17)
-    apart = ids_of(20, 17)
+    exclude_same_id = ids_of(20, 17)
     weight = torch.randn(20, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     inputs = rows.requires_grad_(), columns.requires_grad_(), scale.requires_grad_()
-    found = torch.autograd.grad((autograd.logsumexp(*inputs, valid, apart)[0] * weight).sum(), inputs)
-    whole = (scale * rows @ columns.T).masked_fill(~valid | (apart[0][:, None] == apart[1]), -torch.inf)
+    found = torch.autograd.grad((autograd.logsumexp(*inputs, valid, exclude_same_id)[0] * weight).sum(), inputs)
+    whole = (scale * rows @ columns.T).masked_fill(
+        ~valid | (exclude_same_id[0][:, None] == exclude_same_id[1]), -torch.inf
+    )
     wanted = torch.autograd.grad((whole.logsumexp(1) * weight).sum(), inputs)
     torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
 
@@ -191,15 +193,15 @@ def distance(rows, columns, shared):
 def test_logsumexp_of_any_score(small_tiles, b, n, with_ids):
     rows, columns, scale, valid = case(b, n)
     valid[0] = True
-    apart = ids_of(b, n) if with_ids else None
+    exclude_same_id = ids_of(b, n) if with_ids else None
     make = torch.Generator().manual_seed(b)
     weight, bonus = (torch.rand(m, generator=make, dtype=torch.float64) for m in (b, n))
     inputs = [x.requires_grad_() for x in (rows, weight, columns, bonus, scale)]
 
     def found(r, w, c, o, s):
-        return autograd.logsumexp_of(distance, (r, w), (c, o), (s,), valid, apart)
+        return autograd.logsumexp_of_score(distance, (r, w), (c, o), (s,), valid, exclude_same_id)
 
-    gone = ~valid[None] if apart is None else ~valid | (apart[0][:, None] == apart[1])
+    gone = ~valid[None] if exclude_same_id is None else ~valid | (exclude_same_id[0][:, None] == exclude_same_id[1])
     whole = distance((rows, weight), (columns, bonus), (scale,)).masked_fill(gone, -torch.inf)
     lse, best = found(*inputs)
     some = lse > -torch.inf
@@ -215,6 +217,6 @@ def test_logsumexp_of_what_needs_no_gradient(small_tiles):
     rows, columns, scale, valid = case(9, 11)
     weight, bonus = torch.ones(9, dtype=torch.float64), torch.zeros(11, dtype=torch.float64)
     columns.requires_grad_()
-    lse, _ = autograd.logsumexp_of(distance, (rows, weight), (columns, bonus), (scale,), valid)
+    lse, _ = autograd.logsumexp_of_score(distance, (rows, weight), (columns, bonus), (scale,), valid)
     lse.sum().backward()
     assert columns.grad is not None and columns.grad.abs().sum() > 0 and weight.grad is None

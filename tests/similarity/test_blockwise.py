@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mvpretrain.similarity import blockwise
-from mvpretrain.similarity.blockwise import Which
+from mvpretrain.similarity.blockwise import PairMask
 from tests.similarity.test_autograd import case, ids_of
 
 SIZES = [(1, 1), (4, 5), (5, 4), (9, 11), (16, 6)]
@@ -26,14 +26,14 @@ def drawn(b: int, n: int, with_ids: bool, scale: float = 7.0, dtype=torch.float6
         rows,
         columns,
         torch.tensor([scale], dtype=dtype),
-        Which(row_valid, valid, *(ids_of(b, n) if with_ids else ())),
+        PairMask(row_valid, valid, *(ids_of(b, n) if with_ids else ())),
     )
 
 
-def dense(rows: Tensor, columns: Tensor, scale: Tensor, which: Which) -> Tensor:
-    counts = which.rows[:, None] & which.columns
-    if which.row_ids is not None:
-        counts = counts & (which.row_ids[:, None] != which.column_ids)
+def dense(rows: Tensor, columns: Tensor, scale: Tensor, mask: PairMask) -> Tensor:
+    counts = mask.rows[:, None] & mask.columns
+    if mask.row_ids is not None:
+        counts = counts & (mask.row_ids[:, None] != mask.column_ids)
     return (scale * rows @ columns.T).masked_fill(~counts, -torch.inf)
 
 
@@ -42,15 +42,15 @@ def dense(rows: Tensor, columns: Tensor, scale: Tensor, which: Which) -> Tensor:
 @pytest.mark.parametrize(("b", "n"), SIZES)
 def test_sums_are_those_of_the_dense_table(b, n, with_ids, scale):
     """300: similarities so far apart that one exponential cannot serve rows and columns."""
-    rows, columns, factor, which = drawn(b, n, with_ids, scale)
-    by_row, by_column = blockwise.forward(rows, columns, factor, which, both=True)
-    whole = dense(rows, columns, factor, which)
+    rows, columns, factor, mask = drawn(b, n, with_ids, scale)
+    by_row, by_column = blockwise.forward(rows, columns, factor, mask, both=True)
+    whole = dense(rows, columns, factor, mask)
     assert by_column is not None
     for found, dim in ((by_row, 1), (by_column, 0)):
         torch.testing.assert_close(found.lse, whole.logsumexp(dim), rtol=1e-12, atol=1e-12)
         some = found.lse > -torch.inf
-        assert torch.equal(found.best[some], whole.argmax(dim)[some]) and not found.best[~some].any()
-    alone, none = blockwise.forward(rows, columns, factor, which, both=False)
+        assert torch.equal(found.argmax[some], whole.argmax(dim)[some]) and not found.argmax[~some].any()
+    alone, none = blockwise.forward(rows, columns, factor, mask, both=False)
     torch.testing.assert_close(alone, by_row, rtol=1e-12, atol=1e-12)
     assert none is None
 
@@ -60,9 +60,9 @@ def test_sums_are_those_of_the_dense_table(b, n, with_ids, scale):
 @pytest.mark.parametrize("with_ids", [False, True])
 @pytest.mark.parametrize(("b", "n"), SIZES)
 def test_gradient_is_that_of_the_dense_table(b, n, with_ids, scale, both):
-    rows, columns, factor, which = drawn(b, n, with_ids, scale)
+    rows, columns, factor, mask = drawn(b, n, with_ids, scale)
     leaves = rows.requires_grad_(), columns.requires_grad_()
-    whole = dense(*leaves, factor, which)
+    whole = dense(*leaves, factor, mask)
     row_lse, column_lse = whole.logsumexp(1), whole.logsumexp(0)
     make = torch.Generator().manual_seed(3)
     row_grad, column_grad = (torch.randn(len(x), generator=make, dtype=x.dtype) for x in (row_lse, column_lse))
@@ -75,7 +75,7 @@ def test_gradient_is_that_of_the_dense_table(b, n, with_ids, scale, both):
         wanted = [torch.zeros_like(x) for x in leaves]
     rows, columns = rows.detach(), columns.detach()
     by_column = (column_lse.detach(), column_grad) if both else None
-    found = blockwise.backward(rows, columns, factor, which, (row_lse.detach(), row_grad), by_column)
+    found = blockwise.backward(rows, columns, factor, mask, (row_lse.detach(), row_grad), by_column)
     empty_rows, empty_columns = row_lse == -torch.inf, column_lse == -torch.inf
     wanted[0][empty_rows] = 0
     wanted[1][empty_columns] = 0
@@ -83,21 +83,21 @@ def test_gradient_is_that_of_the_dense_table(b, n, with_ids, scale, both):
 
 
 def test_float32_at_scale_100_keeps_its_digits():
-    rows, columns, scale, which = drawn(16, 23, False, 100.0)
+    rows, columns, scale, mask = drawn(16, 23, False, 100.0)
     rows, columns, scale = rows.float(), columns.float(), scale.float()
-    wanted = blockwise.forward(rows.double(), columns.double(), scale.double(), which, both=True)
-    found = blockwise.forward(rows, columns, scale, which, both=True)
+    wanted = blockwise.forward(rows.double(), columns.double(), scale.double(), mask, both=True)
+    found = blockwise.forward(rows, columns, scale, mask, both=True)
     for one, other in zip(found, wanted):
         assert one is not None and other is not None
         torch.testing.assert_close(one.lse.double(), other.lse, rtol=3e-6, atol=1e-5)
 
 
 def test_rows_of_an_absent_view_leave_no_trace():
-    rows, columns, scale, which = drawn(9, 11, False)
-    rows[~which.rows] = torch.nan_to_num(rows[~which.rows]) + 5
+    rows, columns, scale, mask = drawn(9, 11, False)
+    rows[~mask.rows] = torch.nan_to_num(rows[~mask.rows]) + 5
     other = rows.clone()
-    other[~which.rows] = 0
-    found, wanted = (blockwise.forward(r, columns, scale, which, both=True)[1] for r in (rows, other))
+    other[~mask.rows] = 0
+    found, wanted = (blockwise.forward(r, columns, scale, mask, both=True)[1] for r in (rows, other))
     assert found is not None and wanted is not None
     torch.testing.assert_close(found.lse, wanted.lse, rtol=0, atol=0)
 
@@ -114,22 +114,22 @@ def counting_products(monkeypatch) -> list[tuple[int, ...]]:
     return counted
 
 
-def check_both_ways(rows: Tensor, columns: Tensor, scale: Tensor, which: Which) -> None:
+def check_both_ways(rows: Tensor, columns: Tensor, scale: Tensor, mask: PairMask) -> None:
     """Sums and gradient against the dense table, tiles computed again or spared."""
-    spare = blockwise.Spare()
-    by_row, by_column = blockwise.forward(rows, columns, scale, which, True, (spare, "name"))
-    assert by_column is not None and spare.tiles
+    cache = blockwise.TileCache()
+    by_row, by_column = blockwise.forward(rows, columns, scale, mask, True, (cache, "name"))
+    assert by_column is not None and cache.tiles
     make = torch.Generator().manual_seed(3)
     row_grad, column_grad = (torch.randn(len(x), generator=make, dtype=rows.dtype) for x in (rows, columns))
-    given = rows, columns, scale, which, (by_row.lse, row_grad), (by_column.lse, column_grad)
-    kept = blockwise.backward(*given, (spare, "name"))
-    assert not spare.tiles
+    given = rows, columns, scale, mask, (by_row.lse, row_grad), (by_column.lse, column_grad)
+    kept = blockwise.backward(*given, (cache, "name"))
+    assert not cache.tiles
     torch.testing.assert_close(kept, blockwise.backward(*given), rtol=0, atol=0)
-    whole = dense(rows, columns, scale, which)
+    whole = dense(rows, columns, scale, mask)
     for found, dim in ((by_row, 1), (by_column, 0)):
         torch.testing.assert_close(found.lse, whole.logsumexp(dim), rtol=1e-12, atol=1e-12)
         some = found.lse > -torch.inf
-        assert torch.equal(found.best[some], whole.argmax(dim)[some]) and not found.best[~some].any()
+        assert torch.equal(found.argmax[some], whole.argmax(dim)[some]) and not found.argmax[~some].any()
     weight = whole.softmax(1).nan_to_num(0) * row_grad[:, None] + whole.softmax(0).nan_to_num(0) * column_grad
     torch.testing.assert_close(kept, (weight @ columns, weight.T @ rows), rtol=1e-10, atol=1e-11)
 
@@ -137,12 +137,12 @@ def check_both_ways(rows: Tensor, columns: Tensor, scale: Tensor, which: Which) 
 @pytest.mark.parametrize("with_ids", [False, True])
 def test_tiles_in_which_nothing_counts_are_not_computed(monkeypatch, with_ids):
     """Some of the rows in both ways here, and some of the columns in one."""
-    rows, columns, scale, which = drawn(16, 23, with_ids)
-    which = which._replace(rows=torch.arange(16) // 4 != 1, columns=torch.arange(23) // 5 % 4 != 1)
-    tiles = [(i.start, j.start) for i, j, _ in blockwise.scaled_tiles(rows, columns, scale, which)]
+    rows, columns, scale, mask = drawn(16, 23, with_ids)
+    mask = mask._replace(rows=torch.arange(16) // 4 != 1, columns=torch.arange(23) // 5 % 4 != 1)
+    tiles = [(i.start, j.start) for i, j, _ in blockwise.scaled_tiles(rows, columns, scale, mask)]
     assert tiles == [(i, j) for i in (0, 8, 12) for j in (0, 10, 15, 20)]
     counted = counting_products(monkeypatch)
-    check_both_ways(rows, columns, scale, which)
+    check_both_ways(rows, columns, scale, mask)
     assert counted == 2 * [(4, 5), (4, 5), (4, 5), (4, 3)] * 3  # the one backward of two that is not spared
 
 
@@ -150,19 +150,19 @@ def test_tiles_in_which_nothing_counts_are_not_computed(monkeypatch, with_ids):
 @pytest.mark.parametrize(("few", "whole"), [((3, 0), 23), ((7, 8), 13), ((16, 2), 2)])
 def test_where_few_count_they_are_worked_on_alone(monkeypatch, few, whole, with_ids):
     """Of 16 rows 3 and of 23 columns all; of both some; all rows and two columns."""
-    rows, columns, scale, which = drawn(16, 23, with_ids)
+    rows, columns, scale, mask = drawn(16, 23, with_ids)
     count, begin = few
-    which = which._replace(rows=(torch.arange(16) * 5 + begin) % 16 < count, columns=torch.arange(23) * 7 % 23 < whole)
+    mask = mask._replace(rows=(torch.arange(16) * 5 + begin) % 16 < count, columns=torch.arange(23) * 7 % 23 < whole)
     counted = counting_products(monkeypatch)
-    check_both_ways(rows, columns, scale, which)
+    check_both_ways(rows, columns, scale, mask)
     assert sum(b * n for b, n in counted) == 2 * count * whole
 
 
 @pytest.mark.parametrize("none", ["rows", "columns"])
 def test_nothing_at_all_counts(none):
-    rows, columns, scale, which = drawn(9, 11, False)
-    which = which._replace(**{none: torch.zeros_like(getattr(which, none))})
-    for found in blockwise.forward(rows, columns, scale, which, both=True):
-        assert found is not None and bool((found.lse == -torch.inf).all()) and not found.best.any()
+    rows, columns, scale, mask = drawn(9, 11, False)
+    mask = mask._replace(**{none: torch.zeros_like(getattr(mask, none))})
+    for found in blockwise.forward(rows, columns, scale, mask, both=True):
+        assert found is not None and bool((found.lse == -torch.inf).all()) and not found.argmax.any()
     row, column = ((torch.full((n,), -torch.inf, dtype=rows.dtype), torch.ones(n, dtype=rows.dtype)) for n in (9, 11))
-    assert not any(x.any() for x in blockwise.backward(rows, columns, scale, which, row, column))
+    assert not any(x.any() for x in blockwise.backward(rows, columns, scale, mask, row, column))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mvpretrain.distributed.collectives import ProcessGroup, SingleProcess
 from mvpretrain.distributed.gather import gather_embeddings
-from mvpretrain.similarity.per_anchor import Found, directed
+from mvpretrain.similarity.per_anchor import PerAnchorSums, per_anchor
 from mvpretrain.types import Embeddings
 from tests.tables import draw, leaves, names, part_of, table
 
@@ -21,15 +21,15 @@ def temperatures(rows: int) -> Tensor:
     return draw(7, len(WAYS), rows).abs() + 0.5
 
 
-def dense(whole: Embeddings, scale: Tensor, a: str, c: str, apart: bool) -> Found:
-    """One way, from the matrix of all similarities."""
+def dense(whole: Embeddings, scale: Tensor, a: str, c: str, exclude_same_id: bool) -> PerAnchorSums:
+    """One direction, from the matrix of all similarities."""
     s = whole.z[a] @ whole.z[c].T
     same = whole.ids[:, None] == whole.ids
-    there = whole.present[c].expand(len(s), -1) & ~(same & apart)
+    there = whole.present[c].expand(len(s), -1) & ~(same & exclude_same_id)
     positives = whole.present[c] & same
     scaled = (s * scale[:, None]).masked_fill(~(there & whole.present[a][:, None]), -torch.inf)
     weights = scaled.softmax(dim=1).nan_to_num()
-    return Found(
+    return PerAnchorSums(
         scaled.logsumexp(dim=1),
         (weights * s * scale[:, None]).sum(dim=1),
         scaled.argmax(dim=1),
@@ -40,7 +40,7 @@ def dense(whole: Embeddings, scale: Tensor, a: str, c: str, apart: bool) -> Foun
     )
 
 
-def weighed(found: list[Found], weights: Tensor) -> Tensor:
+def weighed(found: list[PerAnchorSums], weights: Tensor) -> Tensor:
     """Some scalar in which every output with a gradient counts."""
     values = []
     for f, w in zip(found, weights, strict=True):
@@ -49,16 +49,16 @@ def weighed(found: list[Found], weights: Tensor) -> Tensor:
     return torch.stack(values).sum()
 
 
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("exclude_same_id", [False, True])
 @pytest.mark.parametrize("gradient", ["features", "scalars"])
-def test_sums_and_gradients_are_those_of_the_matrix(gradient, apart):
+def test_sums_and_gradients_are_those_of_the_matrix(gradient, exclude_same_id):
     whole, scales = leaves(table(3, dtype=torch.float64)), temperatures(12).requires_grad_()
-    found = directed(whole, whole, WAYS, scales, SingleProcess(), apart, gradient)
-    slow = [dense(whole, scales[w], a, c, apart) for w, (a, c) in enumerate(WAYS)]
+    found = per_anchor(whole, whole, WAYS, scales, SingleProcess(), exclude_same_id, gradient)
+    slow = [dense(whole, scales[w], a, c, exclude_same_id) for w, (a, c) in enumerate(WAYS)]
     for (a, _), f, s in zip(WAYS, found, slow, strict=True):
-        for name, one, other in zip(Found._fields, f, s, strict=True):
+        for name, one, other in zip(PerAnchorSums._fields, f, s, strict=True):
             rows = whole.present[a] & (f.candidates > 0)
-            if one.is_floating_point() or name == "best":
+            if one.is_floating_point() or name == "argmax":
                 torch.testing.assert_close(one[rows], other[rows], msg=lambda m, name=name: f"{name}: {m}")
             else:
                 assert torch.equal(one, other), name
@@ -75,7 +75,7 @@ def gradients(rank: int, gradient: str, size: int) -> dict[str, Tensor]:
     b = len(local.ids)
     begin = sum(len(part_of(table(3), r, size).ids) for r in range(rank))
     place = torch.arange(begin, begin + b).clamp_max(11)
-    found = directed(local, gathered, WAYS, temperatures(12)[:, place], collectives, True, gradient)  # type: ignore[arg-type]
+    found = per_anchor(local, gathered, WAYS, temperatures(12)[:, place], collectives, True, gradient)  # type: ignore[arg-type]
     weighed(found, draw(8, len(WAYS), 2, 12)[:, :, place]).backward()
     return {v: z.grad for v, z in mine.z.items() if z.grad is not None}
 
@@ -98,7 +98,7 @@ def messages(rank: int, gradient: str) -> list[str]:
     mine = leaves(part_of(table(3, dtype=torch.float64), rank, 2))
     local, gathered = gather_embeddings(mine, ProcessGroup())
     scales = torch.full((3, len(local.ids)), 2.0, dtype=torch.float64)
-    found = directed(local, gathered, WAYS, scales, ProcessGroup(), True, gradient)  # type: ignore[arg-type]
+    found = per_anchor(local, gathered, WAYS, scales, ProcessGroup(), True, gradient)  # type: ignore[arg-type]
     total = weighed(found, draw(8, 3, 2, len(local.ids)))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         total.backward()
@@ -113,4 +113,6 @@ def test_scalars_send_no_rows_back(ranks):
 def test_an_objective_of_other_ranks_is_refused():
     whole = table(3)
     with pytest.raises(ValueError, match=r"has 12 rows and this rank's 6, but the objective was built for 1 rank"):
-        directed(part_of(whole, 0, 2)._replace(ids=whole.ids[:6]), whole, WAYS, torch.ones(3, 6), SingleProcess(), True)
+        per_anchor(
+            part_of(whole, 0, 2)._replace(ids=whole.ids[:6]), whole, WAYS, torch.ones(3, 6), SingleProcess(), True
+        )

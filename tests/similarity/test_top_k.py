@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from mvpretrain.similarity import top_k as module
-from mvpretrain.similarity.blockwise import Which
-from mvpretrain.similarity.top_k import hardest
+from mvpretrain.similarity.blockwise import PairMask
+from mvpretrain.similarity.top_k import top_k
 from tests.tables import draw
 
 
-def some(b: int, n: int) -> tuple[torch.Tensor, torch.Tensor, Which]:
+def some(b: int, n: int) -> tuple[torch.Tensor, torch.Tensor, PairMask]:
     make = torch.Generator().manual_seed(0)
     row_ids, column_ids = (torch.randint(4, (m,), generator=make) for m in (b, n))
     rows, columns = (torch.rand(m, generator=make) > 0.3 for m in (b, n))
-    return draw(1, b, 3, 5), draw(2, n, 3, 5), Which(rows, columns, row_ids, column_ids)
+    return draw(1, b, 3, 5), draw(2, n, 3, 5), PairMask(rows, columns, row_ids, column_ids)
 
 
 @pytest.mark.parametrize("tile", [(512, 1024), (3, 4), (1, 1), (7, 2)])
@@ -23,11 +23,11 @@ def some(b: int, n: int) -> tuple[torch.Tensor, torch.Tensor, Which]:
 def test_is_that_of_a_dense_search(monkeypatch, tile, k):
     monkeypatch.setattr(module, "ROWS", tile[0])
     monkeypatch.setattr(module, "COLUMNS", tile[1])
-    rows, columns, which = some(11, 17)
-    found = hardest(rows, columns, k, which)
+    rows, columns, mask = some(11, 17)
+    found = top_k(rows, columns, k, mask)
     dense = torch.einsum("ihd,jhd->ihj", rows, columns)
-    assert which.row_ids is not None and which.column_ids is not None
-    out = ~which.rows[:, None] | ~which.columns | (which.row_ids[:, None] == which.column_ids)
+    assert mask.row_ids is not None and mask.column_ids is not None
+    out = ~mask.rows[:, None] | ~mask.columns | (mask.row_ids[:, None] == mask.column_ids)
     dense = dense.masked_fill(out[:, None], -torch.inf)
     wanted = dense.topk(min(k, 17), dim=2)
     torch.testing.assert_close(found.similarity[:, :, :17], wanted.values)
@@ -38,7 +38,7 @@ def test_is_that_of_a_dense_search(monkeypatch, tile, k):
 
 
 def test_without_ids_all_valid_columns_count_and_none_is_taken_twice():
-    rows, columns, which = some(4, 6)
-    found = hardest(rows, columns, 6, Which(torch.ones_like(which.rows), torch.ones_like(which.columns)))
+    rows, columns, mask = some(4, 6)
+    found = top_k(rows, columns, 6, PairMask(torch.ones_like(mask.rows), torch.ones_like(mask.columns)))
     assert (found.column.sort(dim=2).values == torch.arange(6)).all()
-    assert not hardest(rows.requires_grad_(), columns, 2, which).similarity.requires_grad
+    assert not top_k(rows.requires_grad_(), columns, 2, mask).similarity.requires_grad

@@ -158,7 +158,7 @@ def test_many_slabs_and_parts(interpreted: Run, dtype: torch.dtype) -> None:
 def where_few_count(rank: int) -> None:
     """A tenth of the rows: the kernels are given those, and what comes back is as from the ordinary tiles."""
     rows, columns, scale, _, valid, *ids = drawn(70, 131, 20, with_ids=True)
-    which = blockwise.Which(torch.arange(70) % 10 == 3, valid, *ids)
+    mask = blockwise.PairMask(torch.arange(70) % 10 == 3, valid, *ids)
     make = torch.Generator().manual_seed(7)
     row_grad, column_grad = (torch.randn(n, generator=make) for n in (70, 131))
     found, kernels, given = [], triton.forward, []
@@ -167,10 +167,10 @@ def where_few_count(rank: int) -> None:
         triton.forward = lambda *args, **more: given.append(len(args[0])) or kernels(*args, **more)
         for chosen in (False, True):
             blockwise._on_gpu = lambda *tables, chosen=chosen: chosen
-            row, column = blockwise.forward(rows, columns, scale, which, both=True)
+            row, column = blockwise.forward(rows, columns, scale, mask, both=True)
             assert column is not None
             sums = (row.lse, row_grad), (column.lse, column_grad)
-            found.append((row, column, blockwise.backward(rows, columns, scale, which, *sums)))
+            found.append((row, column, blockwise.backward(rows, columns, scale, mask, *sums)))
     finally:
         triton.forward, blockwise._on_gpu = kernels, on_gpu
     assert given == [7]
@@ -293,11 +293,11 @@ def test_kernels_compile_for_hopper(pytestconfig: pytest.Config, tmp_path: Any) 
         found = pool.run(compiled, 90, str(tmp_path))[0]
     finally:
         pool.close()
-    assert set(found) == {"statistics", "fold", "weigh", "product"}
-    blockwise = {"statistics", "weigh", "product"}
+    assert set(found) == {"statistics", "merge", "gradient_weights", "product"}
+    blockwise = {"statistics", "gradient_weights", "product"}
     assert {name for name, kernel in found.items() if "wgmma" in kernel.assembly} == blockwise
     # A processor has 228 KiB: two programs of the first two kernels shall share it, one of the last one.
-    assert max(found["statistics"].shared, found["weigh"].shared) <= 112 * 1024
+    assert max(found["statistics"].shared, found["gradient_weights"].shared) <= 112 * 1024
     assert found["product"].shared <= 227 * 1024
     assert not any("atom" in kernel.assembly for kernel in found.values())
 

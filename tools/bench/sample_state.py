@@ -24,7 +24,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from mvpretrain.distributed.collectives import Collectives, ProcessGroup, SingleProcess
-from mvpretrain.distributed.sample_state import Sharded
+from mvpretrain.distributed.sample_state import SampleState
 
 STEPS = 20
 
@@ -50,7 +50,7 @@ def run(rank: int, options: argparse.Namespace, folder: str) -> None:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=options.ranks)
         collectives = ProcessGroup()
     make = torch.Generator().manual_seed(0)
-    before, store, like = peak(), Sharded(options.columns, collectives), torch.zeros(1)
+    before, store, like = peak(), SampleState(options.columns, collectives), torch.zeros(1)
 
     def ours(ids: Tensor) -> None:
         rows = store.read(ids, like)
