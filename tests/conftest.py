@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.ranks import Pool, check_shapes
+from mvpretrain.distributed.pool import Pool
+from tests.ranks import check_shapes, pool_of
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: ranks and workers share few cores
 check_shapes()
@@ -19,7 +20,7 @@ def ranks(pytestconfig: pytest.Config) -> Iterator[Callable[[int], Pool]]:
     pools: dict[int, Pool] = {}
 
     def of(size: int) -> Pool:
-        return pools.setdefault(size, Pool(size, pytestconfig.getini("filterwarnings")))
+        return pools.setdefault(size, pool_of(size, pytestconfig.getini("filterwarnings")))
 
     yield of
     for pool in pools.values():

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from collections.abc import Callable
 
 import pytest
+import torch
+
+from tests.ranks import CHECKED
 
 
-def place(rank: int) -> tuple[int, int, str, int]:
-    import torch
+def report(rank: int) -> tuple[int, int, str, int]:
     import torch.distributed as dist
 
     box = torch.tensor(rank)
@@ -45,7 +48,7 @@ def warn(rank: int) -> None:
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_results_come_in_rank_order(ranks, size):
-    assert ranks(size).run(place) == [(r, size, str(r), size * (size - 1) // 2) for r in range(size)]
+    assert ranks(size).run(report) == [(r, size, str(r), size * (size - 1) // 2) for r in range(size)]
 
 
 def test_processes_stay_between_calls(ranks):
@@ -75,3 +78,42 @@ def test_hang_and_death_end_with_a_clear_message(ranks):
 def test_warnings_are_errors_in_ranks(ranks):
     with pytest.raises(DeprecationWarning, match="old"):
         ranks(2).run(warn)
+
+
+def wrong_calls() -> dict[str, Callable[[], object]]:
+    """By entry of CHECKED: a call with a tensor of a wrong shape or type, which nothing but the hook would refuse."""
+    from mvpretrain.distributed import collectives, gather, id_table, sample_state
+    from mvpretrain.model.health import spread
+    from mvpretrain.objectives._settings import Temperature
+    from mvpretrain.similarity.groups import classes
+    from mvpretrain.transport.sinkhorn import solve
+
+    single, flat = collectives.SingleProcess(), torch.ones(3)
+    table, keys = flat[None], flat[None].long()
+    return {
+        "mvpretrain.similarity": lambda: classes(keys, keys[0]),
+        "mvpretrain.transport": lambda: solve([flat, flat, flat], 0.1, [flat, flat, flat]),
+        "mvpretrain.model": lambda: spread(flat),
+        "mvpretrain.objectives": lambda: Temperature().bounded(table),
+        "mvpretrain.distributed.collectives": lambda: collectives.Collectives.gather(single, flat[0]),
+        "mvpretrain.distributed.gather": lambda: gather.padded(flat, 3),  # type: ignore[arg-type]
+        "mvpretrain.distributed.sample_state": lambda: sample_state.Sharded(1, single).read(keys, flat),
+        "mvpretrain.distributed.id_table": lambda: id_table.mixed(flat),
+    }
+
+
+def refusals(rank: int = 0) -> dict[str, str]:
+    """By entry of CHECKED: what the wrong call raised."""
+    found = {}
+    for room, call in wrong_calls().items():
+        try:
+            call()
+            found[room] = "nothing"
+        except Exception as error:
+            found[room] = type(error).__name__
+    return found
+
+
+def test_each_room_is_taken_once_and_sees_a_wrong_shape_refused(ranks):
+    for found in (refusals(), *ranks(2).run(refusals)):
+        assert found == dict.fromkeys(CHECKED, "TypeCheckError")

@@ -18,8 +18,8 @@ from webdataset.writer import TarWriter
 from mvpretrain import recipe
 from mvpretrain.data.build import build_stream, count_samples
 from mvpretrain.data.loader import Stream
+from mvpretrain.distributed.pool import Pool
 from mvpretrain.training.train import train
-from tests.ranks import Pool
 
 
 def settings(folder: Path, train: str, **changes: Any) -> dict[str, Any]:

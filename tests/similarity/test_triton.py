@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mvpretrain.similarity import blockwise, triton
-from tests.ranks import Pool
+from tests.ranks import pool_of
 from tests.similarity.offline import Compiled, compile_only, interpret
 
 Run = Callable[..., Any]
@@ -112,7 +112,7 @@ def check(rank: int, sizes: tuple[int, int, int], dtype: torch.dtype, scale: flo
 
 @pytest.fixture(scope="module")
 def interpreted(pytestconfig: pytest.Config) -> Iterator[Run]:
-    pool = Pool(1, pytestconfig.getini("filterwarnings"))
+    pool = pool_of(1, pytestconfig.getini("filterwarnings"))
     pool.run(interpret)
     yield lambda fn, *args: pool.run(fn, *args)[0]
     pool.close()
@@ -288,7 +288,7 @@ def compiled(rank: int, capability: int, cache: str) -> dict[str, Compiled]:
 
 @without_triton
 def test_kernels_compile_for_hopper(pytestconfig: pytest.Config, tmp_path: Any) -> None:
-    pool = Pool(1, pytestconfig.getini("filterwarnings"))
+    pool = pool_of(1, pytestconfig.getini("filterwarnings"))
     try:
         found = pool.run(compiled, 90, str(tmp_path))[0]
     finally:
