@@ -13,8 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from mvpretrain import engine
-from mvpretrain.cli import commands
+from mvpretrain import cli, engine
 from mvpretrain.training import train
 
 RECIPE = """
@@ -59,7 +58,7 @@ def program(
     def call(*arguments: str) -> Ended:
         monkeypatch.setattr(sys, "argv", ["mvpretrain", *arguments])
         with pytest.raises(SystemExit) as ended:
-            commands.main()
+            cli.main()
         said = capsys.readouterr()
         return Ended(int(ended.value.code or 0), said.out, said.err)
 
@@ -254,16 +253,16 @@ def test_bench(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
 CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried 96 bytes. 12"
 
 
-@pytest.mark.parametrize(("error", "told"), [
+@pytest.mark.parametrize(("error", "reason"), [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), ": out of memory"),
     (RuntimeError(CPU), ": can't allocate memory: you tried 96 bytes"),
 ])  # fmt: skip
-def test_memory_ended(program: Program, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str) -> None:
-    def train(*_: object) -> None:
+def test_memory_ended(program: Program, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str) -> None:
+    def end(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(train, "train", train)
-    words = [f"{told}; `mvpretrain train RECIPE --dry-run` says"]
+    monkeypatch.setattr(train, "train", end)
+    words = [f"{reason}; `mvpretrain train RECIPE --dry-run` says"]
     refused(program, "train", "r.yaml", words=words, code=4)
 
 
