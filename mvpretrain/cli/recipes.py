@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import typer
 
-from mvpretrain.cli.arguments import Overrides
+from mvpretrain.cli.arguments import Overrides, RecipePath
 
 app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 
@@ -21,8 +20,10 @@ def schema() -> None:
 
 
 @app.command("show")
-def resolved(recipe: Path, overrides: Overrides = None) -> None:
-    """The resolved recipe, every default filled in."""
+def resolved(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """The resolved recipe: what it extends put in, every default filled in. Imports no class that the recipe names."""
     from mvpretrain.recipe import load
+    from mvpretrain.registry import externals_as_written
 
-    print(load(recipe, overrides or ()).dump(), end="")
+    with externals_as_written():
+        print(load(recipe, overrides or ()).dump(), end="")

@@ -310,6 +310,9 @@ def test_recipes_can_be_looked_at(program: Program) -> None:
     Path("shown.yaml").write_text(shown)
     assert load("shown.yaml") == load("r.yaml", ["steps=7"])
     assert json.loads(program("recipe", "schema").out)["properties"]["batch"]["minimum"] == 2
+    Path("child.yaml").write_text("extends: r.yaml\nobjective: {kind: nowhere:Mine, margin: 2}")
+    assert "kind: nowhere:Mine\n  margin: 2\n" in program("recipe", "show", "child.yaml").out
+    refused(program, "train", "child.yaml", words=["'nowhere:Mine' cannot be loaded"])
     refused(program, "recipe", "show", "r.yaml", "stepz=7", words=["'stepz'", "did you mean 'steps'"])
 
 
