@@ -1,5 +1,5 @@
 """`python -m mvpretrain`, which is how launchers start a rank."""
 
-from mvpretrain.cli.commands import main
+from mvpretrain.cli import main
 
 main()

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import yaml
-from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, WithJsonSchema, model_validator
+from pydantic import Field, SerializeAsAny, TypeAdapter, ValidationError, model_validator
+from pydantic.json_schema import CoreRef, GenerateJsonSchema
 
-from mvpretrain import encoders, objectives, views
+from mvpretrain import objectives, views
 from mvpretrain.config import Config, sentences, unknown
 from mvpretrain.data.build import Split, build_stream
 from mvpretrain.data.loader import Stream, StreamConfig
@@ -29,6 +28,7 @@ from mvpretrain.model.task import Task
 from mvpretrain.model.teacher import TeacherConfig
 from mvpretrain.model.tower import TowerConfig
 from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.registry import Registry
 from mvpretrain.views import ViewConfig
 
 
@@ -48,18 +48,9 @@ class Recipe(Config):
 
     run: str
     data: Annotated[ShardsConfig | SyntheticConfig, Field(discriminator="kind")]
-    views: dict[
-        str,
-        Annotated[
-            SerializeAsAny[ViewConfig], BeforeValidator(views.registry.parse), WithJsonSchema({"registry": "view"})
-        ],
-    ]
+    views: dict[str, Annotated[SerializeAsAny[ViewConfig], views.registry]]
     towers: dict[str, TowerConfig]
-    objective: Annotated[
-        SerializeAsAny[ObjectiveConfig],
-        BeforeValidator(objectives.registry.parse),
-        WithJsonSchema({"registry": "objective"}),
-    ]
+    objective: Annotated[SerializeAsAny[ObjectiveConfig], objectives.registry]
     teacher: TeacherConfig | None = None
     dim: int = Field(default=128, ge=1)
     batch: int = Field(ge=2)  # global: the batch sequence, and so the run, does not depend on the number of ranks
@@ -137,23 +128,59 @@ class Recipe(Config):
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from a YAML file (or a run folder), with `key.sub=value` overrides whose values are YAML.
 
-    ValueError, one line a problem: no such file, not YAML, unknown key, bad value, or views, towers and objective that
-    do not fit together.
+    The file may extend others: see `read`. ValueError, one line a problem: no such file, not YAML, unknown key, bad
+    value, or views, towers and objective that do not fit together.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "recipe.yaml"
-    if not path.is_file():
-        raise ValueError(f"no recipe at {str(path)!r}; give a YAML file such as those in recipes/, or a run's folder")
-    try:
-        value = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a mapping of settings, got {type(value).__name__}")
+    value = read(Path(path))
     for override in overrides:
         _override(value, override)
     return parse(value)
+
+
+def read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file (or in a run folder's), laid over those of the files that it names as `extends`.
+
+    `extends` is a path or a list of paths, relative to the file's own folder; a later one is laid over an earlier one,
+    and they may extend further files. `extending` are the files on the way here. Nothing else is opened, and no class
+    is imported. ValueError: a file that is missing or holds no mapping, files that extend each other in a circle.
+    """
+    path = path / "recipe.yaml" if path.is_dir() else path
+    chain = (*extending, path)
+    if path.resolve() in [other.resolve() for other in extending]:
+        raise ValueError(f"recipes extend each other in a circle: {' -> '.join(map(str, chain))}; take one extends out")
+    if not path.is_file():
+        wanted = f", which {extending[-1]} extends" if extending else ""
+        raise ValueError(
+            f"no recipe at {str(path)!r}{wanted}; give a YAML file (`mvpretrain recipe new` writes one from shards) or "
+            "a run's folder"
+        )
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a mapping of settings, got {type(value).__name__}")
+    whole: dict[str, Any] = {}
+    for base in _bases(path, value.pop("extends", [])):
+        whole = laid_over(whole, read(base, chain))
+    return laid_over(whole, value)
+
+
+def _bases(path: Path, named: Any) -> list[Path]:
+    """The files that the recipe at `path` extends. ValueError: neither a path nor a list of paths."""
+    listed = [named] if isinstance(named, str) else named
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise ValueError(f"{path}: extends is a path or a list of paths to recipes, got {named!r}")
+    return [path.parent / Path(name).expanduser() for name in listed]
+
+
+def laid_over(base: Any, over: Any) -> Any:
+    """`over` in place of `base`, mappings key by key; a mapping of another `kind` replaces the one below it whole."""
+    if not isinstance(base, dict) or not isinstance(over, dict):
+        return over
+    if "kind" in base and over.get("kind", base["kind"]) != base["kind"]:
+        return over
+    return base | {key: laid_over(base.get(key), value) for key, value in over.items()}
 
 
 def parse(value: dict[str, Any]) -> Recipe:
@@ -169,20 +196,19 @@ def _override(value: dict[str, Any], text: str) -> None:
     path, equals, given = text.partition("=")
     if not equals or not path:
         raise ValueError(f"override {text!r} is not of the form key.sub=value")
+    if path == "extends":
+        raise ValueError(f"override {text!r}: write what a recipe extends in its file")
     *parents, last = path.split(".")
-    here: Any = value
+    group: Any = value
     for key in parents:
-        here = here[_position(key, here, text)] if isinstance(here, list) else here.setdefault(key, {})
-        if not isinstance(here, dict | list):
-            raise ValueError(f"override {text!r}: {key!r} holds {here!r}, not a group of settings")
+        group = group[_position(key, group, text)] if isinstance(group, list) else group.setdefault(key, {})
+        if not isinstance(group, dict | list):
+            raise ValueError(f"override {text!r}: {key!r} holds {group!r}, not a group of settings")
     try:
         parsed = yaml.safe_load(given)
     except yaml.YAMLError as error:
         raise ValueError(f"override {text!r}: {given!r} is not a YAML value; quote text with braces in it") from error
-    if isinstance(here, list):
-        here[_position(last, here, text)] = parsed
-    else:
-        here[last] = parsed
+    group[_position(last, group, text) if isinstance(group, list) else last] = parsed
 
 
 def _position(key: str, items: list[Any], text: str) -> int:
@@ -192,23 +218,28 @@ def _position(key: str, items: list[Any], text: str) -> int:
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema of a recipe, every view, encoder and objective kind included."""
-    # pydantic follows references while it writes a schema, so that those to the registries are put in afterwards.
-    whole = _through_doors(json.dumps(Recipe.model_json_schema()))
-    definitions = whole.setdefault("$defs", {})
-    for name, registry in (
-        ("view", views.registry),
-        ("encoder", encoders.registry),
-        ("objective", objectives.registry),
-    ):
-        for kind in registry.kinds():
-            # Kinds reuse names such as Augment; a place of its own keeps each one's definitions apart.
-            one = json.dumps(registry.config(kind).model_json_schema())
-            definitions[f"{name}-{kind}"] = _through_doors(one.replace("#/$defs/", f"#/$defs/{name}-{kind}/$defs/"))
-        definitions[name] = {"anyOf": [{"$ref": f"#/$defs/{name}-{kind}"} for kind in registry.kinds()]}
+    """JSON schema of a recipe's file, with the settings of every kind of every registry, for editors."""
+    whole = Recipe.model_json_schema(schema_generator=_KindsSchema)
+    path = {"type": "string"}
+    whole["properties"]["extends"] = {"anyOf": [path, {"type": "array", "items": path}]}
+    # A file that extends others need not say what they do.
+    whole["anyOf"] = [{"required": whole.pop("required")}, {"required": ["extends"]}]
     return whole
 
 
-def _through_doors(text: str) -> dict[str, Any]:
-    """A schema as JSON text, what comes through a registry being any of its kinds."""
-    return json.loads(re.sub(r'"registry": "(\w+)"', r'"$ref": "#/$defs/\1"', text))
+class _KindsSchema(GenerateJsonSchema):
+    """JSON schema in which a field that holds settings of a registry may hold those of any of its kinds."""
+
+    def generate_inner(self, schema: Any) -> dict[str, Any]:
+        registry = (schema.get("metadata") or {}).get("registry")
+        return super().generate_inner(schema) if registry is None else self.any_kind(registry)
+
+    def any_kind(self, registry: Registry[Any]) -> dict[str, Any]:
+        """A reference to the definition of all the registry's kinds, which is written when it is first asked for."""
+        name, reference = self.get_cache_defs_ref_schema(CoreRef(registry.noun))
+        if name not in self.definitions:
+            self.definitions[name] = {}  # holds the name: a kind such as `sum` has settings of its own registry in it
+            external = {"properties": {"kind": {"type": "string", "pattern": ":"}}, "required": ["kind"]}
+            found = [self.generate_inner(TypeAdapter(registry.config(k)).core_schema) for k in registry.kinds()]
+            self.definitions[name] = {"anyOf": [*found, external]}
+        return reference

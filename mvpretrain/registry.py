@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
 
 from mvpretrain.config import Config, unknown
 
@@ -31,7 +34,8 @@ K = TypeVar("K", bound=Kind)
 class Registry(Generic[K]):
     """A folder of kinds: the file `infonce.py` holds the one subclass of `base` that is `kind: infonce`.
 
-    Files are imported when their kind is asked for, so that a recipe pays only for the libraries that it names.
+    Files are imported when their kind is asked for, so that a recipe pays only for the libraries that it names. A
+    field of settings that is `Annotated[SerializeAsAny[Base], registry]` takes the settings of any kind.
     """
 
     def __init__(self, package: str, base: type[K], external: type[K], noun: str):
@@ -44,6 +48,8 @@ class Registry(Generic[K]):
     def config(self, kind: str) -> type[K]:
         """The settings class of one kind. ValueError: no such kind, or a path that does not lead to a class."""
         if ":" in kind:
+            if _as_written.get():
+                return self.external
             found = import_path(kind, self.noun)
             return found if issubclass(found, self.base) else self.external
         if kind not in self.kinds():
@@ -64,6 +70,24 @@ class Registry(Generic[K]):
         if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
             raise ValueError(f"{self.noun} settings are a mapping with a 'kind', one of {self.kinds()}, got {value!r}")
         return self.config(value["kind"]).model_validate(value)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """pydantic's hook for annotated fields. The metadata tell a recipe's JSON schema which kinds there are."""
+        inner = handler(source)
+        return core_schema.no_info_before_validator_function(self.parse, inner, metadata={"registry": self})
+
+
+_as_written: ContextVar[bool] = ContextVar("as_written", default=False)
+
+
+@contextmanager
+def externals_as_written() -> Iterator[None]:
+    """Within the block nothing of a user's is imported: settings of an external class are read as they are written."""
+    token = _as_written.set(True)
+    try:
+        yield
+    finally:
+        _as_written.reset(token)
 
 
 def import_path(path: str, noun: str) -> type:

@@ -16,7 +16,7 @@ from typer.main import get_command
 
 import mvpretrain
 from mvpretrain import recipe
-from mvpretrain.cli.commands import app
+from mvpretrain.cli import app
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()

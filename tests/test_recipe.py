@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from mvpretrain import recipe
+from mvpretrain import encoders, recipe
+from mvpretrain.registry import externals_as_written
 
 BASE = """
 run: runs/x
@@ -87,23 +90,100 @@ def test_files_that_are_no_recipe(tmp_path):
         recipe.load(tmp_path / "list.yaml")
 
 
-def test_the_schema_knows_every_kind_and_its_references_resolve():
+def written(folder: Path, **recipes: str) -> list[Path]:
+    """`folder/NAME.yaml` of each text; a folder in a name is written as two underscores."""
+    paths = [folder / f"{name.replace('__', '/')}.yaml" for name in recipes]
+    for path, text in zip(paths, recipes.values()):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    return paths
+
+
+def test_a_recipe_extends_others_and_says_what_differs(tmp_path: Path) -> None:
+    sizes = "batch: 16\nsteps: 5\nschedule: {warmup: 2}"
+    child = """
+extends: [../base.yaml, sizes.yaml]
+steps: 9
+towers: {b: {encoder: {width: 16}, lr: 0.5}}
+views: {a: {std: 2}}
+objective: {kind: dcl}
+"""
+    parent = BASE.replace("kind: infonce", "kind: infonce, temperature: {init: 0.5}")
+    *_, path, grandchild = written(
+        tmp_path, base=parent, more__sizes=sizes, more__child=child, last="extends: more/child.yaml\nrun: last"
+    )
+    found = recipe.load(path, ["seed=3"])
+    assert (found.batch, found.steps, found.schedule.warmup, found.seed, found.run) == (16, 9, 2, 3, "runs/x")
+    assert found.towers["b"].model_dump(exclude_unset=True) == {
+        "encoder": {"kind": "mlp", "input": 4, "width": 16},
+        "lr": 0.5,
+    }
+    assert found.views["a"].model_dump(exclude_unset=True) == {"kind": "vector", "field": "a", "dim": 4, "std": 2}
+    assert found.objective == recipe.objectives.registry.parse({"kind": "dcl"})  # not infonce's temperature
+    assert recipe.load(grandchild, ["seed=3"]) == found.model_copy(update={"run": "last"})
+    assert recipe.parse(yaml.safe_load(found.dump())) == found
+
+
+@pytest.mark.parametrize(
+    ("extends", "words"),
+    [
+        ("[missing.yaml]", ["no recipe at", "missing.yaml', which", "a.yaml extends"]),
+        ("a.yaml", ["extend each other in a circle", "a.yaml -> ", "take one extends out"]),
+        ("b.yaml", ["a.yaml -> ", "b.yaml -> ", "c.yaml -> "]),
+        ("3", ["a.yaml: extends is a path or a list of paths", "got 3"]),
+        ("[list.yaml]", ["list.yaml must hold a mapping"]),
+    ],
+)
+def test_what_cannot_be_extended(tmp_path: Path, extends: str, words: list[str]) -> None:
+    path, *_ = written(
+        tmp_path, a=f"extends: {extends}{BASE}", b="extends: [c.yaml]", c="extends: a.yaml\nsteps: 1", list="[1]"
+    )
+    with pytest.raises(ValueError) as caught:
+        recipe.load(path)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value), caught.value
+    with pytest.raises(ValueError, match="write what a recipe extends in its file"):
+        recipe.load(written(tmp_path, base=BASE)[0], ["extends=c.yaml"])
+
+
+def test_classes_of_a_user_can_be_read_without_importing_them(base: Path) -> None:
+    mine = [
+        "objective={kind: sum, terms: [{objective: {kind: nowhere.at_all:Mine, margin: 2}}]}",
+        "towers.a.encoder={kind: nowhere.at_all:Net, sizes: [1, 2]}",
+        "views.b={kind: nowhere.at_all:View, field: b, more: {x: 1}}",
+    ]
+    for override in mine:
+        with pytest.raises(ValueError, match="cannot be loaded"):
+            recipe.load(base, [override])
+    with externals_as_written():
+        found = yaml.safe_load(recipe.load(base, mine).dump())
+    assert found["objective"]["terms"][0]["objective"] == {"kind": "nowhere.at_all:Mine", "margin": 2}
+    assert found["towers"]["a"]["encoder"] == {"kind": "nowhere.at_all:Net", "sizes": [1, 2]}
+    assert found["views"]["b"]["more"] == {"x": 1} and found["views"]["b"]["missing"] == "some"
+
+
+def test_the_schema_knows_every_kind_and_its_references_resolve() -> None:
     whole = json.loads(json.dumps(recipe.schema()))
 
-    def references(node):
-        if isinstance(node, dict):
-            if isinstance(node.get("$ref"), str):
-                yield node["$ref"]
-            for child in node.values():
-                yield from references(child)
-        elif isinstance(node, list):
-            for child in node:
-                yield from references(child)
+    def resolved(node: Any) -> Any:
+        for part in node["$ref"].removeprefix("#/").split("/") if "$ref" in node else []:
+            node = whole[part] if part == "$defs" else whole["$defs"][part]
+        return node
 
-    for reference in references(whole):
-        place = whole
-        for part in reference.removeprefix("#/").split("/"):
-            assert part in place, reference
-            place = place[part]
-    assert {"objective-infonce", "view-image", "encoder-vit", "encoder-openclip"} <= whole["$defs"].keys()
-    assert whole["$defs"]["encoder-vit"]["properties"]["patch"]["default"] == 4
+    def walk(node: Any) -> None:
+        for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+            walk(child)
+        if isinstance(node, dict) and "$ref" in node:
+            resolved(node)
+
+    walk(whole)
+    tower = resolved(resolved(whole["properties"]["towers"]["additionalProperties"])["properties"]["encoder"])
+    for registry, found in (
+        (recipe.views.registry, resolved(whole["properties"]["views"]["additionalProperties"])),
+        (encoders.registry, tower),
+        (recipe.objectives.registry, resolved(whole["properties"]["objective"])),
+    ):
+        kinds = [resolved(one)["properties"]["kind"].get("const") for one in found["anyOf"]]
+        assert kinds == [*registry.kinds(), None], "every kind, and a user's class by its path"
+    assert whole["$defs"]["ViTConfig"]["properties"]["patch"]["default"] == 4
+    assert resolved(whole["$defs"]["Term"]["properties"]["objective"]) == resolved(whole["properties"]["objective"])
+    assert {"required": ["extends"]} in whole["anyOf"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, cast
 
 import torch
-from pydantic import BeforeValidator, Field, SerializeAsAny, WithJsonSchema
+from pydantic import Field, SerializeAsAny
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -24,9 +24,7 @@ class TowerConfig(Config):
     `length_groups` sorts texts by length into so many groups, each encoded without the padding after its longest.
     """
 
-    encoder: Annotated[
-        SerializeAsAny[EncoderConfig], BeforeValidator(encoders.registry.parse), WithJsonSchema({"registry": "encoder"})
-    ]
+    encoder: Annotated[SerializeAsAny[EncoderConfig], encoders.registry]
     head: HeadConfig = HeadConfig()
     freeze: bool = False
     train_blocks: int = Field(default=0, ge=0)

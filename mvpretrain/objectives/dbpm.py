@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import BeforeValidator, Field, SerializeAsAny, WithJsonSchema
+from pydantic import Field, SerializeAsAny
 from torch import Tensor, nn
 
 from mvpretrain.distributed.collectives import Collectives
@@ -31,9 +31,7 @@ class DBPMConfig(ObjectiveConfig):
     """
 
     kind: Literal["dbpm"] = "dbpm"
-    objective: Annotated[
-        SerializeAsAny[ObjectiveConfig], BeforeValidator(registry.parse), WithJsonSchema({"registry": "objective"})
-    ]
+    objective: Annotated[SerializeAsAny[ObjectiveConfig], registry]
     warmup: int = Field(default=1000, ge=0)
     noisy: float = Field(default=2.0, ge=0)
     faulty: float = Field(default=3.0, ge=0)

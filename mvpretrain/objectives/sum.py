@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, SerializeAsAny, WithJsonSchema, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 from torch import Tensor, nn
 
 from mvpretrain.config import Config, unknown
@@ -22,9 +22,7 @@ class Term(Config):
     A term of weight 0 is computed and logged, and trains nothing.
     """
 
-    objective: Annotated[
-        SerializeAsAny[ObjectiveConfig], BeforeValidator(registry.parse), WithJsonSchema({"registry": "objective"})
-    ]
+    objective: Annotated[SerializeAsAny[ObjectiveConfig], registry]
     weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     views: tuple[str, ...] | None = None
     name: str | None = None

@@ -6,64 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 
-from mvpretrain import engine
-from mvpretrain.cli import commands
 from mvpretrain.training import train
-
-RECIPE = """
-run: run
-data: {kind: synthetic, samples: 48, eval_samples: 16}
-views:
-  a: {kind: vector, field: a, dim: 4}
-  b: {kind: vector, field: b, dim: 4}
-towers:
-  a: {encoder: {kind: mlp, input: 4, width: 8}}
-  b: {encoder: {kind: mlp, input: 4, width: 8}}
-objective: {kind: infonce}
-dim: 4
-batch: 8
-steps: 2
-loader: {workers: 0}
-log: {tensorboard: false}
-engine: {kind: none, device: cpu}
-"""
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Program = Callable[..., Ended]
-
-
-@pytest.fixture
-def program(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Ended]:
-    """`program("train", "r.yaml")`: `mvpretrain train r.yaml` in a folder that holds r.yaml, in this process."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(engine, "shutdown", sys.exit)  # the real one ends the process without pytest's leave
-    Path("r.yaml").write_text(RECIPE)
-
-    def call(*arguments: str) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["mvpretrain", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            commands.main()
-        said = capsys.readouterr()
-        return Ended(int(ended.value.code or 0), said.out, said.err)
-
-    return call
+from tests.cli.conftest import RECIPE, Program
 
 
 @pytest.fixture
@@ -254,16 +203,16 @@ def test_bench(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
 CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried 96 bytes. 12"
 
 
-@pytest.mark.parametrize(("error", "told"), [
+@pytest.mark.parametrize(("error", "reason"), [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), ": out of memory"),
     (RuntimeError(CPU), ": can't allocate memory: you tried 96 bytes"),
 ])  # fmt: skip
-def test_memory_ended(program: Program, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str) -> None:
-    def fail(*_: object) -> None:
+def test_memory_ended(program: Program, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str) -> None:
+    def end(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("mvpretrain.training.train.train", fail)
-    words = [f"{told}; `mvpretrain train RECIPE --dry-run` says"]
+    monkeypatch.setattr("mvpretrain.training.train.train", end)
+    words = [f"{reason}; `mvpretrain train RECIPE --dry-run` says"]
     refused(program, "train", "r.yaml", words=words, code=4)
 
 
@@ -311,6 +260,9 @@ def test_recipes_can_be_looked_at(program: Program) -> None:
     Path("shown.yaml").write_text(shown)
     assert load("shown.yaml") == load("r.yaml", ["steps=7"])
     assert json.loads(program("recipe", "schema").out)["properties"]["batch"]["minimum"] == 2
+    Path("child.yaml").write_text("extends: r.yaml\nobjective: {kind: nowhere:Mine, margin: 2}")
+    assert "kind: nowhere:Mine\n  margin: 2\n" in program("recipe", "show", "child.yaml").out
+    refused(program, "train", "child.yaml", words=["'nowhere:Mine' cannot be loaded"])
     refused(program, "recipe", "show", "r.yaml", "stepz=7", words=["'stepz'", "did you mean 'steps'"])
 
 

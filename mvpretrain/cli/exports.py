@@ -1,0 +1,50 @@
+"""Commands about trained encoders: write them, judge them, embed with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mvpretrain.cli.arguments import Exported, ViewNames
+from mvpretrain.cli.terminal import print_text
+
+app = typer.Typer()
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="the folder of a run")],
+    out: Annotated[Path, typer.Argument(help="the folder to write, which must not exist")],
+    view: ViewNames = None,
+    checkpoint: Annotated[str, typer.Option(help="last, best, or a step")] = "last",
+) -> None:
+    """Write each view's encoder as safetensors + JSON, and prove that what was written gives the same embeddings."""
+    from mvpretrain.export.write import export_run
+
+    export_run(run, out, view, checkpoint)
+    print_text(f"exported, equal to the run: {out}")
+
+
+@app.command()
+def evaluate(exported: Exported) -> None:
+    """Retrieval between all views and probes of each encoder, against chance, untrained encoders and raw inputs."""
+    from mvpretrain.report.evaluate import evaluate_export
+
+    evaluate_export(exported)
+
+
+@app.command()
+def embed(
+    exported: Exported,
+    urls: Annotated[str, typer.Argument(help="tars: paths, braces {0000..0009}, globs, remote urls")],
+    out: Annotated[Path, typer.Argument(help="a folder for .npy files, or a .parquet file")],
+    view: ViewNames = None,
+    batch: int = 256,
+    limit: int | None = None,
+) -> None:
+    """Embed shards with exported encoders; ids and keys are written along."""
+    from mvpretrain.export.embed import embed
+
+    embed(exported, urls, out, view, batch, limit)

@@ -1,0 +1,86 @@
+"""Commands about a run: train it, or say where the time of its steps goes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mvpretrain.cli.arguments import Memory, Overrides, RecipePath
+from mvpretrain.cli.terminal import console, print_text
+
+app = typer.Typer()
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="go on from the run's last checkpoint")] = False,
+    dry_run: Annotated[bool, typer.Option(help="say what the run would be and take in memory, then stop")] = False,
+    memory: Memory = None,
+    file: Annotated[Path | None, typer.Option("--json", help="a file for the dry run's memory figures")] = None,
+) -> None:
+    """Train: alone, or started by torchrun, accelerate launch or deepspeed."""
+    from mvpretrain.recipe import load
+
+    settings = load(recipe, overrides or ())
+    if dry_run:
+        from mvpretrain.profiling.dry_run import preview
+        from mvpretrain.profiling.measure import size
+        from mvpretrain.training.train import place_to_start
+
+        print_text(settings.dump())
+        place_to_start(settings, resume)
+        plan = preview(settings, console, size(memory) if memory else None)
+        if file:
+            file.write_text(json.dumps({**plan._asdict(), "peak": plan.peak}, indent=1) + "\n")
+        return None
+    if memory or file:
+        raise ValueError("--memory and --json are about --dry-run; add that, or leave them out")
+    from mvpretrain.engine import shutdown
+    from mvpretrain.training.train import PREEMPTED, Preempted, train
+
+    try:
+        run = train(settings, resume)
+    except Preempted as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print_text(str(stop))
+        return shutdown(PREEMPTED)
+    if os.environ.get("RANK", "0") == "0":
+        print_text(f"done: {run}")
+    return shutdown(0)
+
+
+@app.command()
+def bench(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(help="steps that are timed")] = 20,
+    warmup: Annotated[int, typer.Option(help="steps before them")] = 3,
+    profile: Annotated[Path | None, typer.Option(help="folder for a profiler's trace of some more steps")] = None,
+    file: Annotated[Path | None, typer.Option("--json", help="a file for the figures")] = None,
+    find_micro_batch: Annotated[bool, typer.Option(help="the largest engine.micro_batch that fits, by trial")] = False,
+    memory: Memory = None,
+) -> None:
+    """Where the time and memory of a recipe's real steps go; under any launcher, as for `train`."""
+    from mvpretrain.engine import shutdown
+    from mvpretrain.profiling import bench as benchmark
+    from mvpretrain.profiling.measure import size
+    from mvpretrain.recipe import load
+
+    settings = load(recipe, overrides or ())
+    if find_micro_batch:
+        benchmark.find_micro_batch(settings, size(memory) if memory else None, console)
+        return None
+    if memory:
+        raise ValueError(f"--memory {memory} is the limit for --find-micro-batch; add that, or leave it out")
+    found = benchmark.bench(settings, steps, warmup, profile)
+    if found:
+        benchmark.report(found, console)
+        if file:
+            benchmark.write(found, file)
+    return shutdown(0)
