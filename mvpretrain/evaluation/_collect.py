@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.distributed.gather import gather_embeddings
-from mvpretrain.model.heads import unit
 from mvpretrain.model.task import Task
 from mvpretrain.model.tower import Tower
 from mvpretrain.types import Batch, Embeddings
@@ -65,8 +64,8 @@ def encode(task: Task, batch: Batch, features: bool) -> tuple[Embeddings, dict[s
     if not features:
         return task.encode(batch), {}
     outputs = {v: x.float() for v, x in task.features(batch).items()}
-    heads = {v: cast(Tower, task.towers[tower]).head for v, tower in task.views.items()}
-    z = {v: unit(heads[v](x), task.heads) for v, x in outputs.items()}
+    towers = {v: cast(Tower, task.towers[tower]) for v, tower in task.views.items()}
+    z = {v: towers[v].embed_features(x) for v, x in outputs.items()}
     return Embeddings(z, batch.ids, batch.present, batch.labels), outputs
 
 

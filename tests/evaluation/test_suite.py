@@ -11,8 +11,8 @@ import torch
 from mvpretrain import objectives
 from mvpretrain.distributed.collectives import SingleProcess
 from mvpretrain.evaluation._collect import collect
+from mvpretrain.evaluation._run import evaluate
 from mvpretrain.evaluation._settings import EvaluationConfig
-from mvpretrain.evaluation.suite import evaluate
 from mvpretrain.model.task import Task
 from mvpretrain.model.tower import TowerConfig
 from mvpretrain.types import Batch, View

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from mvpretrain.loggers._metrics import MetricsLogger
 from mvpretrain.loggers._settings import LogConfig
-from mvpretrain.loggers.metrics import MetricsLogger
 
 
 def opened(run: Path, start: int = 0, active: bool = True, **log: Any) -> MetricsLogger:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from mvpretrain import objectives, recipe
 from mvpretrain.distributed.collectives import SingleProcess
-from mvpretrain.evaluation.suite import MeanLoss
+from mvpretrain.evaluation._run import MeanLoss
 from mvpretrain.export.write import export_run
 from mvpretrain.model.queue import Queue, interleaved, rows_of
 from mvpretrain.model.task import Task

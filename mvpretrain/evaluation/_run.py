@@ -29,7 +29,7 @@ class MeanLoss:
 
     def add(self, local: Embeddings, every: Embeddings) -> None:
         with torch.autocast(local.ids.device.type, enabled=False):
-            losses = self.task.objective(*map(self.task.teacher.stood_in_for, (local, every)))
+            losses = self.task.objective(*map(self.task.teacher.students_as_teacher, (local, every)))
         rows = int(torch.stack(list(every.present.values())).any(dim=0).sum())
         self.sum += rows * losses.total.detach().double()
         self.rows += rows
