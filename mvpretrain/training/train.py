@@ -22,6 +22,7 @@ from mvpretrain.engine import Engine, Step, World, encoding, resolve, start, wra
 from mvpretrain.engine.optimizer import build_optimizer
 from mvpretrain.engine.schedule import set_rate
 from mvpretrain.evaluation._run import evaluate
+from mvpretrain.loggers import RunInfo
 from mvpretrain.loggers._metrics import MetricsLogger
 from mvpretrain.model.phase_timer import PhaseTimer
 from mvpretrain.model.task import Task
@@ -59,7 +60,8 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     if world.rank == 0:
         run.mkdir(parents=True, exist_ok=True)
         (run / "recipe.yaml").write_text(recipe.dump())
-    log = MetricsLogger(run, recipe.log, recipe.model_dump(), steps, state.step, active=world.rank == 0)
+    info = RunInfo(run, recipe.model_dump(mode="json"), steps, state.step)
+    log = MetricsLogger(recipe.log, info, active=world.rank == 0)
     log.say(f"# {world.kind} on {world.size} process(es), {world.device.type}, {world.precision}\n{recipe.dump()}")
     for damage in describe_damages(stream):
         log.say(f"a tar breaks off and is used up to there: {damage}")

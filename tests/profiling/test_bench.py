@@ -43,7 +43,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("mvpretrain.measure.SIDE", {"cpu": 64})
+    monkeypatch.setattr("mvpretrain.profiling.measure.SIDE", {"cpu": 64})
 
 
 def settings(**changes: Any) -> recipe.Recipe:
