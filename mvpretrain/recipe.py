@@ -13,7 +13,7 @@ import torch
 import yaml
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, WithJsonSchema, model_validator
 
-from mvpretrain import encoders, loggers, objectives, views
+from mvpretrain import encoders, evaluation, loggers, objectives, views
 from mvpretrain.config import Config, sentences, unknown
 from mvpretrain.data.build import Split, build_stream
 from mvpretrain.data.loader import Stream, StreamConfig
@@ -201,6 +201,7 @@ def schema() -> dict[str, Any]:
         ("encoder", encoders.registry),
         ("objective", objectives.registry),
         ("logger", loggers.registry),
+        ("evaluator", evaluation.registry),
     ):
         for kind in registry.kinds():
             # Kinds reuse names such as Augment; a place of its own keeps each one's definitions apart.

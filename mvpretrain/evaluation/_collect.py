@@ -40,20 +40,20 @@ def collect(
     """The whole table on every rank, in the order in which the batches and, within a batch, the ranks come.
 
     Every rank must bring equally many batches, of any size. Rows with id -1 that have no view are padding and left out.
-    `watch` sees each step's (local, every) tables as an objective would. The caller sets evaluation mode, no_grad and
-    autocast. ValueError: no sample at all.
+    `watch` is called with each batch's (local, gathered) tables, as an objective would be. The caller sets evaluation
+    mode, no_grad and autocast. ValueError: no sample at all.
     """
     parts: list[Table] = []
     for batch in batches:
         local, outputs = encode(task, batch.to(device), features)
-        mine, every = gather_embeddings(local, collectives)
+        local, gathered = gather_embeddings(local, collectives)
         if watch:
-            watch(mine, every)
-        rows = len(mine.ids)
+            watch(local, gathered)
+        rows = len(local.ids)
         found = {
             v: collectives.gather(torch.cat([x, x.new_zeros(rows - len(x), x.shape[1])])) for v, x in outputs.items()
         }
-        parts.append(kept(every, found))
+        parts.append(kept(gathered, found))
     if not sum(len(part.ids) for part in parts):
         raise ValueError("there is no sample to evaluate; check data.eval and evaluation.limit")
     return joined(parts)
@@ -69,19 +69,19 @@ def encode(task: Task, batch: Batch, features: bool) -> tuple[Embeddings, dict[s
     return Embeddings(z, batch.ids, batch.present, batch.labels), outputs
 
 
-def kept(every: Embeddings, features: dict[str, Tensor]) -> Table:
+def kept(gathered: Embeddings, features: dict[str, Tensor]) -> Table:
     """The gathered rows on the CPU without the padding."""
-    real = (every.ids != -1) | torch.stack(list(every.present.values())).any(dim=0)
+    real = (gathered.ids != -1) | torch.stack(list(gathered.present.values())).any(dim=0)
 
     def here(x: Tensor) -> Tensor:
         return x[real].detach().cpu()
 
     return Table(
-        {v: here(z).float() for v, z in every.z.items()},
+        {v: here(z).float() for v, z in gathered.z.items()},
         {v: here(x) for v, x in features.items()},
-        here(every.ids),
-        {v: here(p) for v, p in every.present.items()},
-        here(every.labels),
+        here(gathered.ids),
+        {v: here(p) for v, p in gathered.present.items()},
+        here(gathered.labels),
     )
 
 

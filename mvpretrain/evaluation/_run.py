@@ -1,53 +1,71 @@
-"""Everything that a run measures about itself on held-out data, in one pass over it."""
+"""All evaluators in one pass over the held-out data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
 from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.evaluation import Evaluated, Evaluator, EvaluatorConfig, SeesBatches
 from mvpretrain.evaluation._collect import collect
-from mvpretrain.evaluation._settings import EvaluationConfig
-from mvpretrain.evaluation.retrieval import retrieval
 from mvpretrain.model.task import Task
 from mvpretrain.types import Batch, Embeddings
 
-
-class MeanLoss:
-    """The objective over the batches, each weighted by its samples; those differ in number only in the last batch.
-
-    Contrastive losses grow with the number of candidates: compare values of equal batch sizes only. The students stand
-    in for their teacher, and there is no queue.
-    """
-
-    def __init__(self, task: Task, collectives: Collectives):
-        self.task, self.collectives = task, collectives
-        self.sum: Tensor | float = 0.0
-        self.rows = 0
-
-    def add(self, local: Embeddings, every: Embeddings) -> None:
-        with torch.autocast(local.ids.device.type, enabled=False):
-            losses = self.task.objective(*map(self.task.teacher.students_as_teacher, (local, every)))
-        rows = int(torch.stack(list(every.present.values())).any(dim=0).sum())
-        self.sum += rows * losses.total.detach().double()
-        self.rows += rows
-
-    def value(self) -> float:
-        """The mean over ranks; every rank calls it."""
-        assert isinstance(self.sum, Tensor)
-        return float(self.collectives.sum(self.sum)) / self.collectives.size / max(1, self.rows)
+FAILED = 2**31  # more figures than any evaluator has: says that a rank has none
 
 
 def evaluate(
-    task: Task, batches: Iterable[Batch], collectives: Collectives, device: torch.device, config: EvaluationConfig
+    task: Task,
+    batches: Iterable[Batch],
+    collectives: Collectives,
+    device: torch.device,
+    evaluators: Iterable[EvaluatorConfig],
 ) -> dict[str, float]:
-    """Retrieval between all views and `val/loss`, the same on every rank.
+    """Every evaluator's figures by name, the same on every rank.
 
     Every rank calls it with equally many batches; the caller sets evaluation mode, no_grad and autocast.
+
+    An error of an evaluator is raised where it comes from. ValueError: no sample; on the other ranks, where an
+    evaluator has failed on one; one that yields a name twice, or not equally many names on all ranks.
     """
-    loss = MeanLoss(task, collectives)
-    table = collect(task, batches, collectives, device, watch=loss.add)
+    built = [(settings.kind, settings.build(task, collectives)) for settings in evaluators]
+    watching = [evaluator for _, evaluator in built if isinstance(evaluator, SeesBatches)]
+
+    def show(local: Embeddings, gathered: Embeddings) -> None:
+        for evaluator in watching:
+            evaluator.add(local, gathered)
+
+    evaluated = Evaluated(task, collect(task, batches, collectives, device, watch=show), collectives, device)
+    metrics: dict[str, float] = {}
     with torch.autocast(device.type, enabled=False):
-        return {"val/loss": loss.value(), **dict(retrieval(table, collectives, device, config.by_label))}
+        for kind, evaluator in built:
+            found = figures(kind, evaluator, evaluated)
+            twice = sorted(found.keys() & metrics.keys())
+            if twice:
+                raise ValueError(f"evaluator {kind!r} yields {twice[0]!r}, which another one has yielded; rename it")
+            metrics |= found
+    return metrics
+
+
+def figures(kind: str, evaluator: Evaluator, evaluated: Evaluated) -> dict[str, float]:
+    """One evaluator's figures, after all ranks have said that they have as many.
+
+    A rank that failed alone would leave the others waiting for ever in the next collective.
+    """
+    collectives = evaluated.collectives
+    try:
+        found = {name: float(value) for name, value in evaluator(evaluated)}
+    except Exception:
+        collectives.largest(FAILED)
+        raise
+    most = collectives.largest(len(found))
+    if most == FAILED:
+        raise ValueError(f"evaluator {kind!r} failed on another rank, which says why")
+    fewest = -collectives.largest(-len(found))
+    if most != fewest:
+        raise ValueError(
+            f"evaluator {kind!r} yields {fewest} figures on one rank and {most} on another; let it yield the same on "
+            "all of them"
+        )
+    return found

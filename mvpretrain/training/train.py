@@ -186,7 +186,8 @@ class _Loop:
         assert self.validation
         world, config = self.engine.world, self.recipe.evaluation
         with encoding(self.engine) as task:
-            return evaluate(task, self.validation.whole(config.limit), world.collectives, world.device, config)
+            batches = self.validation.whole(config.limit)
+            return evaluate(task, batches, world.collectives, world.device, config.evaluators())
 
     def note_best(self, state: TrainState) -> bool:
         """Whether this is the best evaluation so far; every rank comes to the same answer from the same metrics."""
