@@ -29,13 +29,13 @@ def train(
 
     settings = load(recipe, overrides or ())
     if dry_run:
-        from mvpretrain.profiling.dry_run import preview
-        from mvpretrain.profiling.measure import size
-        from mvpretrain.training.train import place_to_start
+        from mvpretrain.profiling.dry_run import print_dry_run
+        from mvpretrain.profiling.measure import parse_bytes
+        from mvpretrain.training.train import checkpoint_to_resume
 
         print_text(settings.dump())
-        place_to_start(settings, resume)
-        plan = preview(settings, console, size(memory) if memory else None)
+        checkpoint_to_resume(settings, resume)
+        plan = print_dry_run(settings, console, parse_bytes(memory) if memory else None)
         if file:
             file.write_text(json.dumps({**plan._asdict(), "peak": plan.peak}, indent=1) + "\n")
         return None
@@ -69,18 +69,18 @@ def bench(
     """Where the time and memory of a recipe's real steps go; under any launcher, as for `train`."""
     from mvpretrain.engine import shutdown
     from mvpretrain.profiling import bench as benchmark
-    from mvpretrain.profiling.measure import size
+    from mvpretrain.profiling.measure import parse_bytes
     from mvpretrain.recipe import load
 
     settings = load(recipe, overrides or ())
     if find_micro_batch:
-        benchmark.find_micro_batch(settings, size(memory) if memory else None, console)
+        benchmark.find_micro_batch(settings, parse_bytes(memory) if memory else None, console)
         return None
     if memory:
         raise ValueError(f"--memory {memory} is the limit for --find-micro-batch; add that, or leave it out")
     found = benchmark.bench(settings, steps, warmup, profile)
     if found:
-        benchmark.report(found, console)
+        benchmark.print_bench(found, console)
         if file:
-            benchmark.write(found, file)
+            benchmark.write_json(found, file)
     return shutdown(0)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from mvpretrain.engine.launch import World, resolve, shutdown, start
+from mvpretrain.engine.launch import Resolved, World, resolve, shutdown, start
 from mvpretrain.engine.settings import EngineConfig
 from mvpretrain.engine.step import Engine, Step, encoding, reduce_status
 from mvpretrain.model.task import Task
 
-__all__ = ["Engine", "Step", "World", "encoding", "reduce_status", "resolve", "shutdown", "start", "wrap"]
+__all__ = ["Engine", "Resolved", "Step", "World", "encoding", "reduce_status", "resolve", "shutdown", "start", "wrap"]
 
 
 def wrap(world: World, task: Task, optimizer: torch.optim.Optimizer, config: EngineConfig, batch: int) -> Engine:

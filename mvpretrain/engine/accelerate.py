@@ -83,7 +83,7 @@ class Accelerated:
             }
             torch.save(state, folder / "engine.pt")
 
-    def load(self, folder: Path) -> None:
+    def restore(self, folder: Path) -> None:
         if not (folder / "engine.pt").exists():
             raise ValueError(
                 f"{folder} was not written by engine.kind={self.world.kind}; resume it with the kind it had"

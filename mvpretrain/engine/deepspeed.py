@@ -121,7 +121,7 @@ class Zero:
     def save(self, folder: Path) -> None:
         self.model.save_checkpoint(str(folder), tag="zero", client_state={"stage": self.stage, "size": self.world.size})
 
-    def load(self, folder: Path) -> None:
+    def restore(self, folder: Path) -> None:
         if not (folder / "zero").is_dir():
             raise ValueError(
                 f"{folder} was not written by engine.kind={self.world.kind}; resume it with the kind it had"

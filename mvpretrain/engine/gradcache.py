@@ -95,7 +95,7 @@ def in_two_passes(engine: Engine, batch: Batch, pieces: Pieces) -> tuple[Losses,
     present = {v: p.to(device, non_blocking=True) for v, p in batch.present.items()}
     students = Embeddings(leaves, batch.ids.to(device), present, batch.labels.to(device))
     # A table of its own: ZeRO-3's hooks replace the tensors in the dicts that modules are given.
-    losses = task.score(task.teacher.beside(students, {v: z[v] for v in task.teacher.views}))
+    losses = task.score(task.teacher.add_views(students, {v: z[v] for v in task.teacher.views}))
     return losses, partial(second_pass, engine, pieces, memory, leaves, losses.total)
 
 

@@ -14,8 +14,19 @@ from mvpretrain.distributed.collectives import Collectives, ProcessGroup, Single
 from mvpretrain.engine.settings import EngineConfig
 
 
+class Resolved(NamedTuple):
+    """The engine's settings and what the launcher said, with nothing `auto` any more."""
+
+    kind: str
+    precision: str
+    device: torch.device
+    rank: int
+    size: int
+    threads: int | None = None  # for torch in this process; None: what torch chose, at most the rank's share of cores
+
+
 class World(NamedTuple):
-    """The processes of a run, settled: nothing in it is `auto` any more."""
+    """The processes of a run that have joined."""
 
     kind: str
     precision: str
@@ -25,10 +36,12 @@ class World(NamedTuple):
     collectives: Collectives
 
 
-def resolve(config: EngineConfig) -> tuple[str, str, torch.device, int, int]:
-    """(kind, precision, device, rank, size) from the settings and what the launcher says.
+def resolve(config: EngineConfig) -> Resolved:
+    """Decide kind, precision, device, rank and size from the settings and the launcher's environment.
 
-    ValueError for a combination that cannot work or that the launcher contradicts: found out before any process group.
+    Call it once a run, before `start`: a process group that is waited for in vain costs minutes.
+
+    ValueError: a combination that cannot work, or that the launcher contradicts.
     """
     rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     kind = config.kind if config.kind != "auto" else ("none" if size == 1 else "ddp")
@@ -51,32 +64,35 @@ def resolve(config: EngineConfig) -> tuple[str, str, torch.device, int, int]:
     if config.options and not kind.startswith("zero"):
         raise ValueError(f"engine.options are DeepSpeed's, engine.kind={kind} does not use it; set zero0 to zero3")
     _refuse_contradiction(kind, precision)
-    return kind, precision, device, rank, size
+    return Resolved(kind, precision, device, rank, size, config.threads)
 
 
 def _refuse_contradiction(kind: str, precision: str) -> None:
     """`accelerate launch` passes its own wishes on by environment; the recipe decides, and both must agree."""
-    told = os.environ.get
-    if told("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    environment = os.environ.get
+    if environment("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ValueError("accelerate launch asked for FSDP, which is not supported; use --multi_gpu or --use_deepspeed")
-    if told("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        stage = told("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    if environment("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        stage = environment("ACCELERATE_DEEPSPEED_ZERO_STAGE")
         if not kind.startswith("zero") or (stage is not None and kind != f"zero{stage}"):
             raise ValueError(
                 f"accelerate launch asked for DeepSpeed{f' ZeRO-{stage}' if stage else ''}, the recipe for "
                 f"engine.kind={kind}; set engine.kind=zero{stage or 2} or start without --use_deepspeed"
             )
-    mixed = told("ACCELERATE_MIXED_PRECISION", "no")
+    mixed = environment("ACCELERATE_MIXED_PRECISION", "no")
     if mixed not in ("no", precision):
         raise ValueError(
             f"accelerate launch asked for {mixed}, the recipe for engine.precision={precision}; make them agree"
         )
 
 
-def start(config: EngineConfig) -> World:
-    """Join the ranks that the launcher started. ValueError: see `settle`; also when fewer came than were announced."""
-    kind, precision, device, rank, size = resolve(config)
-    threads = config.threads or _threads()
+def start(resolved: Resolved) -> World:
+    """Join the ranks that the launcher started, and set this process's threads.
+
+    ValueError: fewer ranks came than were announced.
+    """
+    kind, precision, device, rank, size, _ = resolved
+    threads = resolved.threads or _threads()
     torch.set_num_threads(threads)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # else Accelerate sets the threads by a rule of its own
     backend = "nccl" if device.type == "cuda" else "gloo"

@@ -65,7 +65,7 @@ class Engine(Protocol):
         """Write model, optimiser and scaler state; every rank calls it."""
         ...
 
-    def load(self, folder: Path) -> None:
+    def restore(self, folder: Path) -> None:
         """Read what `save` wrote, bit for bit. ValueError: written by another kind of engine or world size."""
         ...
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.distributed.gather import gather_embeddings
-from mvpretrain.model.heads import unit
 from mvpretrain.model.task import Task
 from mvpretrain.model.tower import Tower
 from mvpretrain.types import Batch, Embeddings, map_tensors
@@ -41,20 +40,20 @@ def collect(
     """The whole table on every rank, in the order in which the batches and, within a batch, the ranks come.
 
     Every rank must bring equally many batches, of any size. Rows with id -1 that have no view are padding and left out.
-    `watch` sees each step's (local, every) tables as an objective would. The caller sets evaluation mode, no_grad and
-    autocast. ValueError: no sample at all.
+    `watch` is called with each batch's (local, gathered) tables, as an objective would be. The caller sets evaluation
+    mode, no_grad and autocast. ValueError: no sample at all.
     """
     parts: list[Table] = []
     for batch in batches:
         local, outputs = encode(task, batch.to(device), features)
-        mine, every = gather_embeddings(local, collectives)
+        local, gathered = gather_embeddings(local, collectives)
         if watch:
-            watch(mine, every)
-        rows = len(mine.ids)
+            watch(local, gathered)
+        rows = len(local.ids)
         found = {
             v: collectives.gather(torch.cat([x, x.new_zeros(rows - len(x), x.shape[1])])) for v, x in outputs.items()
         }
-        parts.append(kept(every, found))
+        parts.append(kept(gathered, found))
     if not sum(len(part.ids) for part in parts):
         raise ValueError("there is no sample to evaluate; check data.eval and evaluation.limit")
     return joined(parts)
@@ -65,15 +64,15 @@ def encode(task: Task, batch: Batch, features: bool) -> tuple[Embeddings, dict[s
     if not features:
         return task.encode(batch), {}
     outputs = {v: x.float() for v, x in task.features(batch).items()}
-    heads = {v: cast(Tower, task.towers[tower]).head for v, tower in task.views.items()}
-    z = {v: unit(heads[v](x), task.heads) for v, x in outputs.items()}
+    towers = {v: cast(Tower, task.towers[tower]) for v, tower in task.views.items()}
+    z = {v: towers[v].embed_features(x) for v, x in outputs.items()}
     return Embeddings(z, batch.ids, batch.present, batch.labels), outputs
 
 
-def kept(every: Embeddings, features: dict[str, Tensor]) -> Table:
+def kept(gathered: Embeddings, features: dict[str, Tensor]) -> Table:
     """The gathered rows on the CPU without the padding."""
-    real = (every.ids != -1) | torch.stack(list(every.present.values())).any(dim=0)
-    table = Table(every.z, features, every.ids, every.present, every.labels)
+    real = (gathered.ids != -1) | torch.stack(list(gathered.present.values())).any(dim=0)
+    table = Table(gathered.z, features, gathered.ids, gathered.present, gathered.labels)
     found = map_tensors(lambda x: x[real].detach().cpu(), table)
     return found._replace(z={v: z.float() for v, z in found.z.items()})
 

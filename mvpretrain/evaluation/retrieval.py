@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from itertools import permutations
 from typing import Literal, NamedTuple
 
@@ -12,14 +13,29 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.evaluation import Evaluated, Evaluator, EvaluatorConfig
 from mvpretrain.evaluation._collect import Table
+from mvpretrain.model.task import Task
 
 AT = (1, 5, 10)
 TIE = 1e-6  # similarities of unit rows in float32 that differ by less are equal: the rest is rounding
 ENTRIES = 1 << 24  # of the block of similarities that is held at once
 
-
 Fusion = Literal["rest", "product"]
+
+
+class RetrievalConfig(EvaluatorConfig):
+    """`retrieval` with these views scored by label."""
+
+    kind: Literal["retrieval"] = "retrieval"
+    by_label: tuple[str, ...] = ()
+
+    def build(self, task: Task, collectives: Collectives) -> Evaluator:
+        return partial(_evaluate, self.by_label)
+
+
+def _evaluate(by_label: Collection[str], evaluated: Evaluated) -> Iterator[tuple[str, float]]:
+    return retrieval(evaluated.table, evaluated.collectives, evaluated.device, by_label)
 
 
 class Side(NamedTuple):
@@ -38,7 +54,7 @@ def retrieval(
 ) -> Iterator[tuple[str, float]]:
     """Yields (name, value) for every ordered pair of views: `retrieval/image-text/R@1` ranks texts for an image.
 
-    R@K is the share (0 to 1) of queries with a positive among the K nearest candidates by cosine; `median_rank` counts
+    R@K is the part (0 to 1) of queries with a positive among the K nearest candidates by cosine; `median_rank` counts
     from 1; `chance` is the R@1 of a random order; `queries` their number. Positives have the query's id or, in pairs
     with a view of `by_label`, its label. Rows absent in the first view are no queries, rows absent in the second no
     candidates, and queries without a positive do not count; a pair without queries has only `queries`, 0.
@@ -48,7 +64,7 @@ def retrieval(
     Equal similarities are taken in random order: R@K is then the expected one, and the rank the expected rank of the
     first positive. A collapsed encoder scores exactly chance.
 
-    Every rank must call this and exhaust it: each scores its share of the queries, one gather a pair.
+    Every rank must call this and exhaust it: each scores a part of the queries, one gather a pair.
     """
     firsts = []
     for u, v in permutations(table.z, 2):
@@ -96,14 +112,14 @@ def summary(
     count = len(queries.keys)
     if not count:
         return [(f"retrieval/{name}/queries", 0.0)]
-    share = -(-count // collectives.size)  # the last ranks may have less: their rows are NaN up to the same number
-    mine = slice(share * collectives.rank, min(share * (collectives.rank + 1), count))
-    own = outcomes(Side(queries.z[mine], queries.keys[mine]), candidates, device)
-    own = torch.cat([own, own.new_full((share - len(own), own.shape[1]), torch.nan)])
-    every = collectives.gather(own).cpu()[:count]
-    *recalls, chance = every[:, 1:].mean(dim=0).tolist()
+    rows = -(-count // collectives.size)  # a rank; the last ones may have less: NaN fills them up to the same number
+    mine = slice(rows * collectives.rank, min(rows * (collectives.rank + 1), count))
+    local = outcomes(Side(queries.z[mine], queries.keys[mine]), candidates, device)
+    local = torch.cat([local, local.new_full((rows - len(local), local.shape[1]), torch.nan)])
+    gathered = collectives.gather(local).cpu()[:count]
+    *recalls, chance = gathered[:, 1:].mean(dim=0).tolist()
     figures = {f"R@{k}": recall for k, recall in zip(AT, recalls)}
-    figures |= {"median_rank": float(every[:, 0].quantile(0.5)), "chance": chance, "queries": float(count)}
+    figures |= {"median_rank": float(gathered[:, 0].quantile(0.5)), "chance": chance, "queries": float(count)}
     return [(f"retrieval/{name}/{key}", value) for key, value in figures.items()]
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from mvpretrain import views
 from mvpretrain.config import unknown
-from mvpretrain.model.heads import unit
 from mvpretrain.model.tower import Tower, TowerConfig
 from mvpretrain.types import Encoder, Transform, View
 from mvpretrain.views import ViewConfig
@@ -38,7 +37,7 @@ class Exported(nn.Module):
 
     def forward(self, view: View) -> Float[Tensor, "b d"]:
         """Unit rows in the space that the views share."""
-        return unit(self.tower(view), self.tower.heads)
+        return self.tower.embed(view)
 
     def features(self, view: View) -> Float[Tensor, "b e"]:
         """The encoder's output before the head, `width` numbers a row: for probes and fine-tuning."""

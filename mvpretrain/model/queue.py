@@ -31,7 +31,7 @@ class Queue(nn.Module):
         self.register_buffer("ids", torch.full((rows,), -1))
         self.register_buffer("labels", torch.full((rows,), -1))
 
-    def behind(self, mine: Embeddings, gathered: Embeddings) -> tuple[Embeddings, Embeddings]:
+    def append_queue(self, mine: Embeddings, gathered: Embeddings) -> tuple[Embeddings, Embeddings]:
         """Both tables with the queue's rows after the batch's: a part of them in `mine`, every rank's in `gathered`.
 
         So `gathered` stays the ranks' tables one after another, though nothing more was sent.

@@ -54,25 +54,27 @@ class Task(nn.Module):
 
     def encode(self, batch: Batch) -> Embeddings:
         """Unit rows per view, float32 (float64 stays)."""
-        z = {v: unit(x, self.heads) for v, x in self.through(batch, self.towers).items()}
-        return Embeddings(z, batch.ids, batch.present, batch.labels)
+        return Embeddings(self.unit_rows(batch, self.towers, self.views), batch.ids, batch.present, batch.labels)
 
     def table(self, batch: Batch) -> Embeddings:
-        """What the objective reads of these rows: `encode`, and beside it the teacher's views, without a graph."""
+        """What the objective reads of these rows: `encode`, and the teacher's views as more views, without a graph."""
         local = self.encode(batch)
         with torch.no_grad():
-            teacher_rows = self.through(batch, self.teacher.towers, self.teacher.views)
-            return self.teacher.beside(local, {name: unit(x, self.heads) for name, x in teacher_rows.items()})
+            return self.teacher.add_views(local, self.unit_rows(batch, self.teacher.towers, self.teacher.views))
 
     def features(self, batch: Batch) -> dict[str, Tensor]:
         """The encoders' outputs before the heads: what probes and fine-tuning read."""
-        return self.through(batch, {name: cast(Tower, tower).encoder for name, tower in self.towers.items()})
+        encoders = {name: cast(Tower, tower).encoder for name, tower in self.towers.items()}
+        return self.through(batch, encoders, self.views)
+
+    def unit_rows(self, batch: Batch, towers: nn.ModuleDict, views: Mapping[str, str]) -> dict[str, Tensor]:
+        """`Tower.embed` of each view, those that share a tower in one call."""
+        return {v: unit(x, self.heads) for v, x in self.through(batch, towers, views).items()}
 
     def through(
-        self, batch: Batch, modules: Mapping[str, nn.Module] | nn.ModuleDict, views: Mapping[str, str] | None = None
+        self, batch: Batch, modules: Mapping[str, nn.Module] | nn.ModuleDict, views: Mapping[str, str]
     ) -> dict[str, Tensor]:
         """Each view through the module of its tower; `views` are the task's own, or the teacher's."""
-        views = self.views if views is None else views
         data = {v: batch.views[self.teacher.originals.get(v, v)] for v in views}
         together: dict[tuple[str, Any], list[str]] = defaultdict(list)
         for v, tower in views.items():
@@ -85,7 +87,7 @@ class Task(nn.Module):
         return {v: out[v] for v in views}
 
     def forward(self, batch: Batch, gradients: EmbeddingGradients | None = None) -> Losses | Tensor:
-        """The losses; with `pull`, a scalar whose gradient in the parameters is what these rows add to the loss's."""
+        """The losses; with `gradients`, a scalar whose gradient is what these rows add to that of the loss."""
         with self.phase_timer("encode"):
             local = self.table(batch) if gradients is None else self.encode(batch)
         return self.score(local) if gradients is None else self.weighted_by(local, gradients)
@@ -97,7 +99,7 @@ class Task(nn.Module):
             with self.phase_timer("gather"):
                 mine, gathered = gather_embeddings(local, self.collectives, getattr(self.objective, "gathers", None))
             with self.phase_timer("objective"):
-                losses = self.objective(*(queue.behind(mine, gathered) if queue else (mine, gathered)))
+                losses = self.objective(*(queue.append_queue(mine, gathered) if queue else (mine, gathered)))
             if queue and self.training:
                 queue.push(mine, gathered)
             students = local._replace(z={v: local.z[v] for v in self.views})

@@ -88,14 +88,14 @@ class Teacher(nn.Module):
             config.refuse_uneven(collectives.size)
             self.queue = Queue(list(self.views), config.queue, dim, collectives)
 
-    def beside(self, table: Embeddings, z: Mapping[str, Tensor]) -> Embeddings:
+    def add_views(self, table: Embeddings, z: Mapping[str, Tensor]) -> Embeddings:
         """The students' table with the teacher's rows of the same samples as more views."""
         present = {name: table.present[v] for name, v in self.originals.items()}
         return table._replace(z={**table.z, **z}, present={**table.present, **present})
 
-    def stood_in_for(self, table: Embeddings) -> Embeddings:
+    def students_as_teacher(self, table: Embeddings) -> Embeddings:
         """The table with the students' rows in the teacher's places: what they are held against in evaluation."""
-        return self.beside(table, {name: table.z[v] for name, v in self.originals.items() if v in table.z})
+        return self.add_views(table, {name: table.z[v] for name, v in self.originals.items() if v in table.z})
 
     @torch.no_grad()
     def update_ema(self, towers: nn.ModuleDict, part: Callable[[nn.Parameter], Tensor] = lambda p: p) -> None:

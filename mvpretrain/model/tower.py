@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mvpretrain import encoders
 from mvpretrain.config import Config
 from mvpretrain.encoders import EncoderConfig
-from mvpretrain.model.heads import HeadConfig, projection
+from mvpretrain.model.heads import HeadConfig, projection, unit
 from mvpretrain.types import Encoder, View
 
 
@@ -60,6 +60,14 @@ class Tower(nn.Module):
         if self.config.length_groups > 1:
             return self.head(by_length(self.encoder, view, self.config.length_groups))
         return self.head(self.encoder(view))
+
+    def embed(self, view: View) -> Tensor:
+        """Unit rows: `b dim`, float32 (float64 stays)."""
+        return unit(self(view), self.heads)
+
+    def embed_features(self, features: Tensor) -> Tensor:
+        """Unit rows from the encoder's output: `b width -> b dim`."""
+        return unit(self.head(features), self.heads)
 
     def train(self, mode: bool = True) -> Tower:
         """A wholly frozen encoder stays in evaluation mode, so that its statistics and dropout are frozen too."""

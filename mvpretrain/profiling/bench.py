@@ -23,7 +23,7 @@ from mvpretrain.engine import Engine, World, resolve, start
 from mvpretrain.engine.schedule import set_rate
 from mvpretrain.model.phase_timer import PHASES
 from mvpretrain.profiling import measure
-from mvpretrain.profiling.measure import human
+from mvpretrain.profiling.measure import format_bytes
 from mvpretrain.recipe import Recipe
 from mvpretrain.training.train import build_engine
 from mvpretrain.types import Batch
@@ -50,7 +50,7 @@ class Bench(NamedTuple):
     rate: float  # FLOP/s of a large matrix product on rank 0 while all ranks do one
 
     @property
-    def share(self) -> float:
+    def utilization(self) -> float:
         """FLOP/s of a step over those of the matrix product."""
         return self.flops / (self.step / 1000) / self.rate
 
@@ -63,10 +63,10 @@ def bench(recipe: Recipe, steps: int, warmup: int, profile: Path | None = None) 
     """
     if steps < 1 or warmup < 0:
         raise ValueError(f"--steps {steps} --warmup {warmup}: time at least 1 step, after 0 or more that do not count")
-    _, _, _, rank, size = resolve(recipe.engine)
-    stream = recipe.stream("train", rank, size)
+    resolved = resolve(recipe.engine)
+    stream = recipe.stream("train", resolved.rank, resolved.size)
     assert stream is not None
-    world = start(recipe.engine)
+    world = start(resolved)
     baseline = measure.resident()
     engine = build_engine(recipe, world)
     set_rate(engine.optimizer, recipe.schedule.factor(0, recipe.total_steps(count_samples(stream))))
@@ -148,7 +148,7 @@ def gathered(
     )
 
 
-def report(found: Bench, console: Console) -> None:
+def print_bench(found: Bench, console: Console) -> None:
     """The figures as a table and a few lines."""
     where = f"{found.ranks} rank(s): {found.engine}, {found.device}, {found.precision}"
     console.print(f"a step of {found.batch} samples on {where}", markup=False, highlight=False, soft_wrap=True)
@@ -161,21 +161,25 @@ def report(found: Bench, console: Console) -> None:
     table.add_section()
     table.add_row("mean of the steps", f"{whole:.2f}", "")
     console.print(table)
-    peaks = ", ".join(human(p) for p in found.peaks)
-    what = "tensors on the GPU" if found.device != "cpu" else f"the process, {human(found.baseline)} before the model"
+    peaks = ", ".join(format_bytes(p) for p in found.peaks)
+    what = (
+        "tensors on the GPU"
+        if found.device != "cpu"
+        else f"the process, {format_bytes(found.baseline)} before the model"
+    )
     name = "MFU" if found.device != "cpu" else "share of the measured matrix rate"
     lines = (
         f"samples/s: {found.samples:,.1f} (median of {found.steps} steps: {found.step:.2f} ms)",
         f"peak memory by rank: {peaks} ({what})",
-        f"FLOPs: {found.flops / 1e9:,.2f} G a step and rank, repeated ones counted; {name} {found.share:.1%} "
+        f"FLOPs: {found.flops / 1e9:,.2f} G a step and rank, repeated ones counted; {name} {found.utilization:.1%} "
         f"of {found.rate / 1e9:,.0f} GFLOP/s",
     )
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
-def write(found: Bench, path: Path) -> None:
+def write_json(found: Bench, path: Path) -> None:
     """The figures as JSON, for tools."""
-    path.write_text(json.dumps({**found._asdict(), "share": found.share}, indent=1) + "\n")
+    path.write_text(json.dumps({**found._asdict(), "utilization": found.utilization}, indent=1) + "\n")
 
 
 class Trial(NamedTuple):
@@ -211,7 +215,8 @@ def find_micro_batch(recipe: Recipe, budget: int | None, console: Console) -> in
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("--find-micro-batch starts its ranks itself; give engine.ranks=N and no launcher")
     ranks = recipe.engine.ranks or 1
-    rows, device = recipe.batch // ranks, resolve(recipe.engine.model_copy(update={"ranks": None, "kind": "auto"}))[2]
+    rows = recipe.batch // ranks
+    device = resolve(recipe.engine.model_copy(update={"ranks": None, "kind": "auto"})).device
     if budget is None and device.type == "cpu":
         budget = measure.room(device, ranks)
     tried: list[Trial] = []
@@ -221,10 +226,10 @@ def find_micro_batch(recipe: Recipe, budget: int | None, console: Console) -> in
         return tried[-1].fits
 
     found = largest(fits, rows)
-    limit = human(budget) if budget else "the GPU"
+    limit = format_bytes(budget) if budget else "the GPU"
     table = Table("micro_batch", "peak a rank", "samples/s", "", title=f"within {limit} a rank")
     for t in sorted(tried):
-        peak, rate = ("-" if x is None else f(x) for x, f in ((t.peak, human), (t.samples, "{:,.1f}".format)))
+        peak, rate = ("-" if x is None else f(x) for x, f in ((t.peak, format_bytes), (t.samples, "{:,.1f}".format)))
         table.add_row(str(t.rows), peak, rate, "fits" if t.fits else "too large")
     console.print(table)
     if not found:

@@ -13,21 +13,22 @@ from mvpretrain.engine import resolve
 from mvpretrain.engine.optimizer import build_optimizer
 from mvpretrain.model.task import Task
 from mvpretrain.profiling import measure, memory_plan
-from mvpretrain.profiling.measure import human
+from mvpretrain.profiling.measure import format_bytes
 from mvpretrain.profiling.memory_plan import Model, Plan, Setting
 from mvpretrain.recipe import Recipe
 from mvpretrain.types import Batch
 
 
-def preview(recipe: Recipe, console: Console, memory: int | None = None) -> Plan:
+def print_dry_run(recipe: Recipe, console: Console, memory: int | None = None) -> Plan:
     """Towers and their parameters, steps, the first decoded batch through the towers, and a rank's memory.
 
     `memory` is what one rank may use, in bytes; by default its GPU, or its share of what this machine has left. Where
     the predicted peak is more, the switches that make it less are named. ValueError: whatever would stop the run
     itself before its first step.
     """
-    kind, precision, device, _, started = resolve(recipe.engine.model_copy(update={"ranks": None}))
-    ranks = recipe.engine.ranks or started
+    resolved = resolve(recipe.engine.model_copy(update={"ranks": None}))
+    kind, precision, device = resolved.kind, resolved.precision, resolved.device
+    ranks = recipe.engine.ranks or resolved.size
     stream = recipe.stream("train", 0, ranks)
     assert stream is not None
     process = measure.resident()
@@ -105,27 +106,27 @@ def memory_table(plan: Plan) -> Table:
     for item in dict.fromkeys(item for items in plan.moments.values() for item in items):
         bytes_ = [items.get(item, 0) for items in plan.moments.values()]
         if any(bytes_):
-            table.add_row(item, *(human(count) if count else "" for count in bytes_))
+            table.add_row(item, *(format_bytes(count) if count else "" for count in bytes_))
     table.add_section()
-    table.add_row("all", *(human(total) for total in plan.totals.values()))
+    table.add_row("all", *(format_bytes(total) for total in plan.totals.values()))
     return table
 
 
 def notes(plan: Plan) -> Iterator[str]:
     for item, count in plan.beside.items():
         if count:
-            yield f"beside, in the machine's memory: {item}: {human(count)} a rank"
+            yield f"beside, in the machine's memory: {item}: {format_bytes(count)} a rank"
 
 
 def verdict(plan: Plan, room: int) -> str:
     moment = max(plan.totals, key=lambda name: plan.totals[name])
     fits = "it fits into" if plan.peak <= room else "it does not fit into"
-    return f"predicted peak: {human(plan.peak)} a rank, at the moment '{moment}'; {fits} {human(room)}"
+    return f"predicted peak: {format_bytes(plan.peak)} a rank, at the moment '{moment}'; {fits} {format_bytes(room)}"
 
 
 def remedies(model: Model, batch: Batch, setting: Setting, room: int) -> Table:
     """The switches that take less memory, in order of cost."""
-    table = Table("switch", "predicted peak", "", title=f"to fit into {human(room)} a rank, the cheapest first")
+    table = Table("switch", "predicted peak", "", title=f"to fit into {format_bytes(room)} a rank, the cheapest first")
     for name, peak in memory_plan.switches(model, setting, room, memory_plan.checkpointed(model, batch, setting)):
-        table.add_row(name, human(peak), "fits" if peak <= room else "too large")
+        table.add_row(name, format_bytes(peak), "fits" if peak <= room else "too large")
     return table

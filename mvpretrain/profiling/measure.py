@@ -30,7 +30,7 @@ FEW = (4, 8)  # rows that towers are run on to know what many take
 SIDE = {"cpu": 1536, "cuda": 8192}  # of the square matrices that tell the matrix rate
 
 
-def size(text: str) -> int:
+def parse_bytes(text: str) -> int:
     """Bytes of "40GiB", "500 MB" or "1e9". ValueError: anything else, or nothing at all."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*([a-z]*)\s*", text.lower())
     if not found or found[2] not in UNITS or float(found[1]) <= 0:
@@ -38,7 +38,7 @@ def size(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
-def human(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Bytes in MiB, from 10 GiB on in GiB."""
     return f"{count / 2**30:,.1f} GiB" if abs(count) >= 10 * 2**30 else f"{count / 2**20:,.1f} MiB"
 
@@ -184,7 +184,7 @@ def passes(task: Task, batch: Batch, device: torch.device, precision: str) -> Pa
         curves.append((*first, one_pass(task, piece, precision)[1]))
         task.zero_grad()
     forward, backward, again = zip(*curves)
-    return Passes((few, more), forward, backward, again, weight(batch) // len(batch.ids))
+    return Passes((few, more), forward, backward, again, byte_count(batch) // len(batch.ids))
 
 
 def one_pass(task: Task, piece: Batch, precision: str) -> tuple[list[Moment], list[Moment]]:
@@ -200,12 +200,12 @@ def one_pass(task: Task, piece: Batch, precision: str) -> tuple[list[Moment], li
     return live.curve[:ended], live.curve[ended:]
 
 
-def weight(tree: object) -> int:
+def byte_count(tree: object) -> int:
     """Bytes of all tensors in nested tuples and mappings."""
     if isinstance(tree, Tensor):
         return tree.numel() * tree.element_size()
     parts = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, tuple) else ()
-    return sum(weight(part) for part in parts)
+    return sum(byte_count(part) for part in parts)
 
 
 class Flops(TorchDispatchMode):

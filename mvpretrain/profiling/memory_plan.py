@@ -19,7 +19,7 @@ from torch import nn
 from mvpretrain.distributed.collectives import SingleProcess
 from mvpretrain.engine.optimizer import build_optimizer
 from mvpretrain.model.task import Task
-from mvpretrain.profiling.measure import Live, Passes, passes, weight
+from mvpretrain.profiling.measure import Live, Passes, byte_count, passes
 from mvpretrain.recipe import Recipe
 from mvpretrain.types import Batch
 
@@ -128,8 +128,8 @@ def study(recipe: Recipe, task: Task, batch: Batch, device: torch.device, precis
         passes(task, batch, device, precision),
         cache(partial(optimizer, chosen)),
         # Engines keep a second copy of buffers during a step, to undo it.
-        sum(weight(x) for x in (*task.parameters(), *task.buffers(), *task.buffers())),
-        sum(weight(p) for p in task.parameters() if p.requires_grad),
+        sum(byte_count(x) for x in (*task.parameters(), *task.buffers(), *task.buffers())),
+        sum(byte_count(p) for p in task.parameters() if p.requires_grad),
         tuple(name for name in able if not recipe.towers[name].checkpoint_activations),
         process if device.type == "cpu" else 0,
     )

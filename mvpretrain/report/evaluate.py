@@ -18,10 +18,9 @@ from mvpretrain.data.build import Split, open_sources
 from mvpretrain.data.loader import Stream
 from mvpretrain.distributed.collectives import SingleProcess
 from mvpretrain.evaluation._collect import Table, joined, kept
-from mvpretrain.evaluation.probes import knn, linear
+from mvpretrain.evaluation._probes import knn, linear
 from mvpretrain.evaluation.retrieval import retrieval
 from mvpretrain.export.encoder import Exported, exported_views, load
-from mvpretrain.model.heads import unit
 from mvpretrain.model.tower import Tower
 from mvpretrain.recipe import Recipe
 from mvpretrain.recipe import load as load_recipe
@@ -94,7 +93,7 @@ def read(recipe: Recipe, split: Split, exports: Mapping[str, Exported], seed: in
         for name, exported in exports.items():
             view, known = here.views[name], exported.to(device)
             output = known.features(view)
-            z[name] = unit(known.tower.head(output), known.tower.heads)
+            z[name] = known.tower.embed_features(output)
             features |= {f"{name}/{kind}": x for kind, x in zip(KINDS, (output, fresh[name](view), raw(view)))}
         parts.append(kept(Embeddings(z, here.ids, here.present, here.labels), features))
     return joined(parts)

@@ -58,10 +58,10 @@ def best(run: Path) -> str | None:
     return record["checkpoint"] if record else None
 
 
-def save(run: Path, engine: Engine, recipe: Recipe, place: TrainState) -> Path:
+def save(run: Path, engine: Engine, recipe: Recipe, state: TrainState) -> Path:
     """Write the checkpoint of this step; every rank calls it. It appears under its name only when it is whole."""
     rank, collectives = engine.world.rank, engine.world.collectives
-    final = folder(run) / f"step-{place.step:08d}"
+    final = folder(run) / f"step-{state.step:08d}"
     partial = final.with_name("." + final.name)
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
@@ -74,7 +74,7 @@ def save(run: Path, engine: Engine, recipe: Recipe, place: TrainState) -> Path:
     if rank == 0:
         save_file(weights, partial / "weights.safetensors")
         (partial / "recipe.yaml").write_text(recipe.dump())
-        meta = {"size": engine.world.size, "kind": engine.world.kind, "batch": recipe.batch, **place._asdict()}
+        meta = {"size": engine.world.size, "kind": engine.world.kind, "batch": recipe.batch, **state._asdict()}
         (partial / "meta.json").write_text(json.dumps(meta, indent=1))
     collectives.largest(0)  # and nobody renames before everyone has written
     if rank == 0:
@@ -85,15 +85,18 @@ def save(run: Path, engine: Engine, recipe: Recipe, place: TrainState) -> Path:
     return final
 
 
-def load(path: Path, engine: Engine) -> TrainState:
-    """Put engine, generators and place back. ValueError: a state that this engine or this recipe cannot take over."""
+def restore(path: Path, engine: Engine) -> TrainState:
+    """Put the engine's state and the generators back, and return the train state.
+
+    ValueError: a state that this engine or this recipe cannot take over.
+    """
     world = engine.world
     meta = refuse_other_world(path, world.kind, world.size)
-    engine.load(path)
+    engine.restore(path)
     sample_state.restore(engine.task, path)
     generators = path / f"rank-{world.rank}.pt"
     if generators.is_file():
-        _restore(torch.load(generators, weights_only=False))
+        _set_generators(torch.load(generators, weights_only=False))
     return TrainState(
         meta["step"], Cursor(meta["cursor"][0], tuple(meta["cursor"][1])), meta["skipped"], meta["metrics"]
     )
@@ -148,7 +151,7 @@ def _generators() -> dict[str, Any]:
     }
 
 
-def _restore(state: dict[str, Any]) -> None:
+def _set_generators(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -21,8 +21,9 @@ from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.engine import Engine, Step, World, encoding, resolve, start, wrap
 from mvpretrain.engine.optimizer import build_optimizer
 from mvpretrain.engine.schedule import set_rate
-from mvpretrain.evaluation.suite import evaluate
-from mvpretrain.loggers.metrics import MetricsLogger
+from mvpretrain.evaluation._run import evaluate
+from mvpretrain.loggers import RunInfo
+from mvpretrain.loggers._metrics import MetricsLogger
 from mvpretrain.model.phase_timer import PhaseTimer
 from mvpretrain.model.task import Task
 from mvpretrain.recipe import Recipe
@@ -44,44 +45,45 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     Preempted: told to stop, after saving.
     """
     run = Path(recipe.run)
-    found = place_to_start(recipe, resume)
+    found = checkpoint_to_resume(recipe, resume)
     # What can be refused is refused here: a process group that is waited for in vain costs minutes, not seconds.
-    kind, _, _, rank, size = resolve(recipe.engine)
-    stream, validation = (recipe.stream(split, rank, size) for split in ("train", "eval"))
+    resolved = resolve(recipe.engine)
+    stream, validation = (recipe.stream(split, resolved.rank, resolved.size) for split in ("train", "eval"))
     assert stream is not None
     if found:
-        checkpoint.refuse_other_world(found, kind, size)
+        checkpoint.refuse_other_world(found, resolved.kind, resolved.size)
     steps = recipe.total_steps(count_samples(stream))
-    world = start(recipe.engine)
+    world = start(resolved)
     engine = build_engine(recipe, world)
     _seed(recipe.seed + 1 + world.rank)  # ranks draw apart; those that a checkpoint knows go on with what they had
-    place = resumed(found, engine) if found else TrainState(0, stream.start(), {}, {})
+    state = resumed(found, engine) if found else TrainState(0, stream.start(), {}, {})
     if world.rank == 0:
         run.mkdir(parents=True, exist_ok=True)
         (run / "recipe.yaml").write_text(recipe.dump())
-    log = MetricsLogger(run, recipe.log, recipe.model_dump(), steps, place.step, active=world.rank == 0)
+    info = RunInfo(run, recipe.model_dump(mode="json"), steps, state.step)
+    log = MetricsLogger(recipe.log, info, active=world.rank == 0)
     log.say(f"# {world.kind} on {world.size} process(es), {world.device.type}, {world.precision}\n{recipe.dump()}")
     for damage in describe_damages(stream):
         log.say(f"a tar breaks off and is used up to there: {damage}")
     if resume:
-        log.say(f"going on after step {place.step}" if found else f"{run} holds no checkpoint yet: starting at step 0")
+        log.say(f"going on after step {state.step}" if found else f"{run} holds no checkpoint yet: starting at step 0")
     try:
-        _Loop(recipe, engine, stream, validation, steps, run, log).go(place)
+        _Loop(recipe, engine, stream, validation, steps, run, log).go(state)
     finally:
         log.close()
     return run
 
 
 def resumed(found: Path, engine: Engine) -> TrainState:
-    """Engine and place of a checkpoint, under the rates and decays of the recipe: those may be changed on resuming."""
+    """Engine and state of a checkpoint, under the rates and decays of the recipe: those may be changed on resuming."""
     chosen = [(g["base_lr"], g["weight_decay"]) for g in engine.optimizer.param_groups]
-    place = checkpoint.load(found, engine)
+    state = checkpoint.restore(found, engine)
     for group, (rate, decay) in zip(engine.optimizer.param_groups, chosen):
         group["base_lr"], group["weight_decay"] = rate, decay
-    return place
+    return state
 
 
-def place_to_start(recipe: Recipe, resume: bool) -> Path | None:
+def checkpoint_to_resume(recipe: Recipe, resume: bool) -> Path | None:
     """The checkpoint to go on from, None for a fresh run, which `resume` may be too: schedulers always ask for it.
 
     ValueError: a run is there already.
@@ -141,59 +143,60 @@ class _Loop:
         self.recipe, self.engine, self.stream, self.validation = recipe, engine, stream, validation
         self.steps, self.run, self.log = steps, run, log
 
-    def go(self, place: TrainState) -> None:
+    def go(self, state: TrainState) -> None:
         recipe = self.recipe
         bad = BadSamples(recipe.loader.max_bad_share, recipe.loader.max_bad_in_row)
         watch, lost = self.engine.task.phase_timer, 0
         clock = Clock(recipe.batch, watch)
         with stop_signals() as told:
-            batches = self.stream.batches(place.cursor)
-            while place.step < self.steps:
+            batches = self.stream.batches(state.cursor)
+            while state.step < self.steps:
                 with watch("data"):
                     batch, cursor, skipped = next(batches)
-                set_rate(self.engine.optimizer, recipe.schedule.factor(place.step, self.steps))
+                set_rate(self.engine.optimizer, recipe.schedule.factor(state.step, self.steps))
                 done = self.engine.step(batch, [len(told), skipped.total()])
                 stop, missed = done.sums
                 reasons = skipped + Counter({"on other ranks": round(missed) - skipped.total()})
                 bad.add(reasons, recipe.batch)
-                place = TrainState(place.step + 1, cursor, dict(Counter(place.skipped) + reasons), place.metrics)
+                state = TrainState(state.step + 1, cursor, dict(Counter(state.skipped) + reasons), state.metrics)
                 lost = 0 if done.stepped else lost + 1
-                self.check_finite(place.step, lost, done)
-                self.log.step(place.step)
-                if place.step % recipe.log.every == 0 or place.step == self.steps:
-                    self.log.write(place.step, self.figures(place, done, clock))
-                place = self.after(place, bool(stop))
+                self.check_finite(state.step, lost, done)
+                self.log.step(state.step)
+                if state.step % recipe.log.every == 0 or state.step == self.steps:
+                    self.log.write(state.step, self.figures(state, done, clock))
+                state = self.after(state, bool(stop))
                 if stop:
-                    raise Preempted(f"told to stop after step {place.step} of {self.steps}; saved, go on with --resume")
+                    raise Preempted(f"told to stop after step {state.step} of {self.steps}; saved, go on with --resume")
 
-    def after(self, place: TrainState, stop: bool) -> TrainState:
+    def after(self, state: TrainState, stop: bool) -> TrainState:
         """Evaluation and checkpoint where they are due."""
-        last = place.step == self.steps
+        last = state.step == self.steps
         every = self.recipe.evaluation.every
         improved = False
-        if self.validation and (last or (every and place.step % every == 0)):
+        if self.validation and (last or (every and state.step % every == 0)):
             metrics = self.evaluate()
-            self.log.write(place.step, metrics)
-            place = place._replace(metrics=metrics)
-            improved = self.note_best(place)
-        if last or stop or improved or place.step % self.recipe.checkpoint.every == 0:
-            checkpoint.save(self.run, self.engine, self.recipe, place)
-        return place
+            self.log.write(state.step, metrics)
+            state = state._replace(metrics=metrics)
+            improved = self.note_best(state)
+        if last or stop or improved or state.step % self.recipe.checkpoint.every == 0:
+            checkpoint.save(self.run, self.engine, self.recipe, state)
+        return state
 
     def evaluate(self) -> dict[str, float]:
         assert self.validation
         world, config = self.engine.world, self.recipe.evaluation
         with encoding(self.engine) as task:
-            return evaluate(task, self.validation.whole(config.limit), world.collectives, world.device, config)
+            batches = self.validation.whole(config.limit)
+            return evaluate(task, batches, world.collectives, world.device, config.evaluators())
 
-    def note_best(self, place: TrainState) -> bool:
+    def note_best(self, state: TrainState) -> bool:
         """Whether this is the best evaluation so far; every rank comes to the same answer from the same metrics."""
         metric = self.recipe.checkpoint.best
-        if metric not in place.metrics:
+        if metric not in state.metrics:
             # Not worth the run's end: a small evaluation set may hold no pair of views at all.
-            self.log.say(f"checkpoint.best={metric!r} is not among the metrics: {', '.join(sorted(place.metrics))}")
+            self.log.say(f"checkpoint.best={metric!r} is not among the metrics: {', '.join(sorted(state.metrics))}")
             return False
-        return checkpoint.note_best(self.run, place.step, metric, place.metrics[metric], self.engine.world.collectives)
+        return checkpoint.note_best(self.run, state.step, metric, state.metrics[metric], self.engine.world.collectives)
 
     def check_finite(self, step: int, lost: int, done: Step) -> None:
         if lost:
@@ -206,7 +209,7 @@ class _Loop:
                 f"{self.recipe.max_nonfinite}); lower optimizer.lr={self.recipe.optimizer.lr}"
             )
 
-    def figures(self, place: TrainState, done: Step, clock: Clock) -> dict[str, float]:
+    def figures(self, state: TrainState, done: Step, clock: Clock) -> dict[str, float]:
         """Everything to log about this step, means over ranks; every rank calls it."""
         rates = {f"lr/{i}": float(g["lr"]) for i, g in enumerate(self.engine.optimizer.param_groups)}
         return {
@@ -216,8 +219,8 @@ class _Loop:
             "lr": max(rates.values()),
             **({} if done.norm is None else {"grad_norm": done.norm}),
             **clock.figures(),
-            "samples": place.step * self.recipe.batch,
-            "skipped": sum(place.skipped.values()),
+            "samples": state.step * self.recipe.batch,
+            "skipped": sum(state.skipped.values()),
         }
 
 

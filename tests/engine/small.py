@@ -73,14 +73,14 @@ def task_of(
 
 def engine_of(kind: str, task: Any = None, optimizer: Any = None, size: int = 1, **settings: Any) -> Any:
     """A task under an engine; `task` makes it from an collectives, `optimizer` from the task (default: SGD, rate 1)."""
-    from mvpretrain.engine import start, wrap
+    from mvpretrain.engine import resolve, start, wrap
     from mvpretrain.engine.settings import EngineConfig
 
     options = settings.pop("options", {})
     if kind == "zero3":  # else DeepSpeed keeps parameters as small as these whole
         options = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} | options
     config = EngineConfig(**{"kind": kind, "options": options, "device": "cpu", "clip": None, "threads": 1} | settings)
-    world = start(config)
+    world = start(resolve(config))
     made = (task or (lambda collectives: task_of(3, torch.float32, collectives)))(world.collectives)
     trained = [p for p in made.parameters() if p.requires_grad]
     made.to(world.device)

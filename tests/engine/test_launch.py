@@ -33,13 +33,13 @@ def engine(**settings) -> EngineConfig:
 @pytest.mark.parametrize(("size", "kind"), [(1, "none"), (2, "ddp"), (4, "ddp")])
 def test_auto_is_settled_by_the_number_of_processes(launched, size, kind):
     launched(size, rank=size - 1)
-    assert resolve(engine()) == (kind, "fp32", torch.device("cpu"), size - 1, size)
+    assert resolve(engine())[:5] == (kind, "fp32", torch.device("cpu"), size - 1, size)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "zero0", "zero1", "zero2", "zero3"])
 def test_every_other_kind_takes_one_process_or_several(launched, kind):
     launched()
-    assert resolve(engine(kind=kind))[0] == kind
+    assert resolve(engine(kind=kind)).kind == kind
     launched(2)
     assert resolve(engine(kind=kind, precision="bf16", ranks=2))[:2] == (kind, "bf16")
 
@@ -96,9 +96,9 @@ def test_start_counts_the_threads_of_the_machine_among_its_ranks(launched, monke
     launched(OMP_NUM_THREADS="1")
     before = torch.get_num_threads()
     try:
-        assert start(engine(threads=2)).size == 1 and torch.get_num_threads() == 2
+        assert start(resolve(engine(threads=2))).size == 1 and torch.get_num_threads() == 2
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
-        start(engine())
+        start(resolve(engine()))
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
@@ -110,7 +110,7 @@ def announced(rank: int) -> str:
 
     os.environ["WORLD_SIZE"] = "3"
     try:
-        start(engine(kind="ddp"))
+        start(resolve(engine(kind="ddp")))
     except ValueError as error:
         return str(error)
     finally:
@@ -124,7 +124,7 @@ def test_fewer_processes_than_announced(ranks):
 
 
 def uneven(rank: int, batch: int) -> str:
-    world = start(engine(kind="ddp"))
+    world = start(resolve(engine(kind="ddp")))
     task = task_of(2, torch.float32, world.collectives)
     try:
         wrap(world, task, torch.optim.SGD(task.parameters()), engine(kind="ddp"), batch=batch)

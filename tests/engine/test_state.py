@@ -61,7 +61,7 @@ def whole_and_resumed(
     losses, seen, weights = advance(engine, 3, 3), evaluated(engine), engine.weights()
     fresh = noisy(kind, teacher=teacher, micro_batch=micro_batch)
     torch.manual_seed(7)  # a new process's generators know nothing of the old
-    equals = {"place": checkpoint.load(checkpoint.find(folder), fresh) == HERE}
+    equals = {"train state": checkpoint.restore(checkpoint.find(folder), fresh) == HERE}
     equals |= {"losses": losses == advance(fresh, 3, 3), "evaluation": torch.equal(seen, evaluated(fresh))}
     equals |= {"weights": equal(weights, fresh.weights()), "state": held(engine) == held(fresh)}
     return equals, seen, weights
@@ -140,7 +140,7 @@ def refused(rank: int, kind: str, folder: Path) -> str:
     engine = noisy(kind)
     before = held(engine)
     try:
-        checkpoint.load(checkpoint.find(folder), engine)
+        checkpoint.restore(checkpoint.find(folder), engine)
     except ValueError as error:
         assert before == held(engine)
         return str(error)
@@ -166,9 +166,9 @@ def test_plain_and_zero_checkpoints_are_not_each_other(ranks, tmp_path, one, oth
 
 def taken_over(rank: int, kind: str, folder: Path) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
     engine = noisy(kind, "layer")  # one of four ranks has a single row, which has no variance
-    place = checkpoint.load(checkpoint.find(folder), engine)
+    state = checkpoint.restore(checkpoint.find(folder), engine)
     loaded = engine.weights()
-    return advance(engine, place.step, 2), loaded, engine.weights()
+    return advance(engine, state.step, 2), loaded, engine.weights()
 
 
 def test_a_ddp_checkpoint_goes_on_with_other_ranks(ranks, tmp_path):
@@ -214,8 +214,8 @@ def begun(rank: int, kind: str, folder: Path, dtype: torch.dtype) -> None:
 def ended(rank: int, kind: str, folder: Path, dtype: torch.dtype) -> tuple[dict[int, list[float]], dict[str, Tensor]]:
     engine = individual(kind, dtype)
     learned(engine, 50, 1)  # forgotten by what comes back
-    place = checkpoint.load(checkpoint.find(folder), engine)
-    learned(engine, place.step, 3)
+    state = checkpoint.restore(checkpoint.find(folder), engine)
+    learned(engine, state.step, 3)
     return kept(engine), engine.weights()
 
 
@@ -248,7 +248,7 @@ def resumed_alone(folder: Path) -> tuple[dict[int, list[float]], dict[int, list[
     checkpoint.save(folder, whole, plan(folder), HERE)
     learned(whole, 3, 3)
     fresh = individual("none", torch.float32)
-    checkpoint.load(checkpoint.find(folder), fresh)
+    checkpoint.restore(checkpoint.find(folder), fresh)
     learned(fresh, 3, 3)
     return kept(whole), kept(fresh), equal(whole.weights(), fresh.weights())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mvpretrain.evaluation.probes import knn, linear
+from mvpretrain.evaluation._probes import knn, linear
 
 
 def blobs(n: int, distance: float, seed: int, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
+import yaml
 
+from mvpretrain import loggers, recipe
+from mvpretrain.loggers import RunInfo, registry
+from mvpretrain.loggers._metrics import MetricsLogger
 from mvpretrain.loggers._settings import LogConfig
-from mvpretrain.loggers.metrics import MetricsLogger
+from tests.runs import settings
+
+RECIPE = {"run": "here", "log": {"every": 1}}
 
 
 def opened(run: Path, start: int = 0, active: bool = True, **log: Any) -> MetricsLogger:
-    return MetricsLogger(run, LogConfig(**{"tensorboard": False, **log}), {}, 10, start, active)
+    config = LogConfig.model_validate({"tensorboard": False, **log})
+    return MetricsLogger(config, RunInfo(run, RECIPE, 10, start), active)
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -22,11 +32,11 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 def written(run: Path, start: int, steps: range, active: bool = True, **log: Any) -> None:
-    book = opened(run, start, active, **log)
+    logger = opened(run, start, active, **log)
     for step in steps:
-        book.step(step)
-        book.write(step, {"loss": 1 / step, "samples/s": 100.0 * step})
-    book.close()
+        logger.step(step)
+        logger.write(step, {"loss": 1 / step, "samples/s": 100.0 * step})
+    logger.close()
 
 
 def test_one_line_a_record_with_its_numbers_exactly(tmp_path, capsys):
@@ -36,10 +46,10 @@ def test_one_line_a_record_with_its_numbers_exactly(tmp_path, capsys):
 
 
 def test_each_line_is_on_the_disk_before_the_next_step(tmp_path):
-    book = opened(tmp_path / "run")
-    book.write(1, {"loss": 2.0})
+    logger = opened(tmp_path / "run")
+    logger.write(1, {"loss": 2.0})
     assert lines(tmp_path / "run") == [{"step": 1, "loss": 2.0}]
-    book.close()
+    logger.close()
 
 
 def test_steps_beyond_the_resumed_one_and_half_a_line_are_cut(tmp_path):
@@ -68,11 +78,11 @@ def test_a_run_from_the_start_has_nothing_to_keep(tmp_path):
 
 
 def test_a_loss_that_is_not_a_number_can_be_read_again(tmp_path):
-    book = opened(tmp_path / "run")
-    book.write(1, {"loss": math.nan, "grad_norm": math.inf})
-    book.close()
-    book = opened(tmp_path / "run", 1)
-    book.close()
+    logger = opened(tmp_path / "run")
+    logger.write(1, {"loss": math.nan, "grad_norm": math.inf})
+    logger.close()
+    logger = opened(tmp_path / "run", 1)
+    logger.close()
     assert math.isnan(lines(tmp_path / "run")[0]["loss"])
 
 
@@ -82,9 +92,9 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
 
 
 def test_text_in_brackets_is_printed_as_it_is(tmp_path, capsys):
-    book = opened(tmp_path / "run")
-    book.say("views [bold] skipped: " + 60 * "long ")
-    book.close()
+    logger = opened(tmp_path / "run")
+    logger.say("views [bold] skipped: " + 60 * "long ")
+    logger.close()
     assert capsys.readouterr().out.startswith("views [bold] skipped: " + (60 * "long ").rstrip())
 
 
@@ -101,6 +111,124 @@ def test_tensorboard_has_the_same_scalars(tmp_path):
 
 
 def test_wandb_without_wandb_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"log.wandb='mine', but wandb is not installed; pip install wandb"):
         opened(tmp_path / "run", wandb="mine")
+    assert not (tmp_path / "run/log.jsonl").exists()  # it refuses before anything is cut or written
+
+
+def test_wandb_is_given_the_recipe_and_the_records(tmp_path, monkeypatch):
+    calls: list[Any] = []
+    run = SimpleNamespace(log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end"))
+    fake = SimpleNamespace(init=lambda **settings: calls.append(settings) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    written(tmp_path / "run", 0, range(1, 3), wandb="mine")
+    opening, *records, end = calls
+    assert opening["config"] == RECIPE and opening["project"] == "mine" and opening["id"] == "run"
+    assert [step for step, _ in records] == [1, 2] and end == "end"
+
+
+class Own:
+    """A user's logger: the calls it gets."""
+
+    calls: ClassVar[list[Any]] = []
+
+    def __init__(self, note: str, fails: bool = False):
+        self.calls.append(note)
+        self.fails = fails
+
+    def start(self, info: RunInfo) -> None:
+        if self.fails:
+            raise ValueError("no room for another log")
+        self.calls.append((info.folder.name, info.recipe, info.steps, info.start))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self.calls.append((step, dict(values)))
+
+    def close(self) -> None:
+        self.calls.append("closed")
+
+
+class Chatty(Own):
+    def step(self, number: int) -> None:
+        self.calls.append(number)
+
+    def say(self, text: str) -> None:
+        self.calls.append(text)
+
+
+HERE = "tests.loggers.test_metrics"
+
+
+@pytest.fixture(autouse=True)
+def _no_calls() -> None:
+    Own.calls.clear()
+
+
+def test_a_users_logger_gets_every_record(tmp_path):
+    written(tmp_path / "run", 1, range(2, 4), also=[{"kind": f"{HERE}:Own", "note": "built"}])
+    records = [(s, {"loss": 1 / s, "samples/s": 100.0 * s}) for s in (2, 3)]
+    assert Own.calls == ["built", ("run", RECIPE, 10, 1), *records, "closed"]
+    assert [line["step"] for line in lines(tmp_path / "run")] == [2, 3]  # beside the others
+
+
+def test_a_logger_that_wants_steps_and_text_gets_them(tmp_path):
+    logger = opened(tmp_path / "run", also=[{"kind": f"{HERE}:Chatty", "note": "built"}])
+    logger.step(1)
+    logger.say("hello")
+    logger.close()
+    assert Own.calls[2:] == [1, "hello", "closed"]
+
+
+def test_where_one_refuses_those_before_it_are_closed(tmp_path):
+    both = [{"kind": f"{HERE}:Own", "note": "one"}, {"kind": f"{HERE}:Own", "note": "two", "fails": True}]
+    with pytest.raises(ValueError, match="no room for another log"):
+        opened(tmp_path / "run", also=both)
+    assert Own.calls[0] == "one" and Own.calls[-2:] == ["two", "closed"]
+
+
+def test_a_class_that_is_no_logger_is_refused_with_what_it_lacks(tmp_path):
+    with pytest.raises(ValueError, match=r"'pathlib:PurePath' has no start, write, close; see mvpretrain\.loggers"):
+        opened(tmp_path / "run", also=[{"kind": "pathlib:PurePath"}])
+
+
+def test_a_new_file_in_the_folder_is_a_kind_of_recipe(tmp_path, monkeypatch):
+    """No other edit: the recipe's keys, its schema and the run know it."""
+    (tmp_path / "counting.py").write_text(COUNTING)
+    monkeypatch.setattr(loggers, "__path__", [*loggers.__path__, str(tmp_path)])
+    parsed = recipe.parse(settings(tmp_path, log={"also": [{"kind": "counting", "name": "n"}]}))
+    assert recipe.parse(yaml.safe_load(parsed.dump())) == parsed and "counting" in registry.kinds()
+    assert "logger-counting" in recipe.schema()["$defs"]
+    logger = MetricsLogger(parsed.log, RunInfo(tmp_path / "run", {}, 10, 0), active=True)
+    logger.write(1, {"loss": 1.0})
+    logger.close()
+    assert (tmp_path / "run/n").read_text() == "1"
+    with pytest.raises(ValueError, match="unknown key 'nam'; did you mean 'name'"):
+        recipe.parse(settings(tmp_path, log={"also": [{"kind": "counting", "nam": "n"}]}))
+
+
+COUNTING = """
+from mvpretrain.loggers import LoggerConfig
+
+
+class Config(LoggerConfig):
+    kind: str = "counting"
+    name: str
+
+    def build(self):
+        return Counting(self.name)
+
+
+class Counting:
+    def __init__(self, name):
+        self.name, self.records = name, 0
+
+    def start(self, info):
+        self.path = info.folder / self.name
+
+    def write(self, step, values):
+        self.records += 1
+
+    def close(self):
+        self.path.write_text(str(self.records))
+"""

@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 
 from mvpretrain import objectives, recipe
 from mvpretrain.distributed.collectives import SingleProcess
-from mvpretrain.evaluation.suite import MeanLoss
+from mvpretrain.evaluation import Evaluated
+from mvpretrain.evaluation._collect import Table
+from mvpretrain.evaluation.loss import MeanLoss
 from mvpretrain.export.write import export_run
 from mvpretrain.model.queue import Queue
 from mvpretrain.model.task import Task
@@ -150,7 +152,7 @@ def test_activations_that_are_recomputed_and_frozen_towers_have_teachers_too():
 def test_evaluation_holds_students_against_students():
     task = task_of(3, torch.float32, SingleProcess(), None, TEACHER).eval()
     local = task.encode(batch_of(3))
-    loss = MeanLoss(task, SingleProcess())
+    loss = MeanLoss(task)
     with torch.no_grad():
         for p in task.teacher.parameters():
             p.fill_(torch.nan)
@@ -159,7 +161,8 @@ def test_evaluation_holds_students_against_students():
         z=local.z | {f"{v}@teacher": local.z[v] for v in ("v1", "v2")},
         present=local.present | {f"{v}@teacher": local.present[v] for v in ("v1", "v2")},
     )
-    assert loss.value() == pytest.approx(float(task.objective(twin, twin).total.detach()))
+    seen = Evaluated(task, Table(local.z, {}, *local[1:]), SingleProcess(), torch.device("cpu"))
+    assert dict(loss(seen))["val/loss"] == pytest.approx(float(task.objective(twin, twin).total.detach()))
 
 
 def parsed(folder: Path, **changes: Any) -> recipe.Recipe:

@@ -60,7 +60,7 @@ def test_phases_add_up_and_nothing_is_written() -> None:
     # Two towers of a first layer, whose input needs no gradient, and a head; three products each, and the objective.
     towers = 2 * 2 * 32 * (2 * 8 * 64 + 3 * 64 * 16)
     assert towers < found.flops < 2 * towers
-    assert found.share == pytest.approx(found.flops / found.step * 1000 / found.rate)
+    assert found.utilization == pytest.approx(found.flops / found.step * 1000 / found.rate)
     assert not list(Path().iterdir())
 
 
@@ -74,11 +74,11 @@ def test_traces_and_tables(tmp_path: Path) -> None:
     assert found
     trace = json.loads((tmp_path / "traces/here/rank-0.json").read_text())
     assert any(event.get("name") == "aten::addmm" for event in trace["traceEvents"])
-    bench.write(found, tmp_path / "bench.json")
+    bench.write_json(found, tmp_path / "bench.json")
     written = json.loads((tmp_path / "bench.json").read_text())
-    assert written.pop("share") == found.share and Bench(**written) == found
+    assert written.pop("utilization") == found.utilization and Bench(**written) == found
     console = Console(file=io.StringIO(), width=120)
-    bench.report(found, console)
+    bench.print_bench(found, console)
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     assert "a step of 32 samples on 1 rank(s): none, cpu, fp32" in text

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mvpretrain import recipe
 from mvpretrain.distributed.collectives import SingleProcess
-from mvpretrain.profiling.dry_run import preview
+from mvpretrain.profiling.dry_run import print_dry_run
 from mvpretrain.profiling.memory_plan import Plan
 from tests.data import test_faults as shards
 
@@ -39,7 +39,7 @@ VALUE: dict[str, Any] = {
 def shown(value: dict[str, Any], memory: int | None = None) -> tuple[str, Plan]:
     """The preview's text, every run of spaces and table lines made one space, and its plan."""
     console = Console(file=io.StringIO(), width=200)
-    plan = preview(recipe.parse(value), console, memory)
+    plan = print_dry_run(recipe.parse(value), console, memory)
     assert isinstance(console.file, io.StringIO)
     return " ".join(console.file.getvalue().replace("│", " ").split()), plan
 

@@ -23,17 +23,17 @@ D, WIDE = 16, 64
     ("1e9", 10**9), ("123 b", 123), ("2TiB", 2**41), ("7k", 7 * 1024),
 ])  # fmt: skip
 def test_sizes(text: str, count: int) -> None:
-    assert measure.size(text) == count
+    assert measure.parse_bytes(text) == count
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "40 parsecs", "-3GiB", "0", "40 G i B", "1,5GiB", "nan", "4GiBs"])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match="no amount of memory; write it as 40GiB"):
-        measure.size(text)
+        measure.parse_bytes(text)
 
 
 def test_bytes_for_people() -> None:
-    assert measure.human(2**20 * 1.5) == "1.5 MiB" and measure.human(2**40) == "1,024.0 GiB"
+    assert measure.format_bytes(2**20 * 1.5) == "1.5 MiB" and measure.format_bytes(2**40) == "1,024.0 GiB"
 
 
 class Blocks(nn.Module):

@@ -12,7 +12,7 @@ from torch import nn
 
 from mvpretrain import recipe
 from mvpretrain.distributed.collectives import SingleProcess
-from mvpretrain.engine import start
+from mvpretrain.engine import resolve, start
 from mvpretrain.engine.optimizer import optimizer_class
 from mvpretrain.profiling import memory_plan
 from mvpretrain.profiling.measure import Live
@@ -158,7 +158,7 @@ def test_adam_steps_all_weights_at_once_on_a_gpu_and_none_beside_where_fused() -
 def alive(rank: int, kind: str, micro_batch: int | None) -> int:
     """The most bytes alive in the second step of a real engine."""
     settings = recipe_of(kind=kind, micro_batch=micro_batch, options=SMALL if kind.startswith("zero") else {})
-    world = start(settings.engine)
+    world = start(resolve(settings.engine))
     batch = batch_of(settings, world.size)
     gc.collect()
     with Live(CPU, nn.Module()) as live:

@@ -34,14 +34,14 @@ class Plain:
         if self.fails:
             raise KeyboardInterrupt
 
-    def load(self, folder: Path) -> None:
+    def restore(self, folder: Path) -> None:
         self.value = float((folder / "engine").read_text())
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {"value": torch.tensor([self.value])}
 
 
-def place(step: int) -> TrainState:
+def state_at(step: int) -> TrainState:
     return TrainState(step, Cursor(1, (step, 2)), {"no such field": 3}, {"retrieval/mean/R@1": 0.5})
 
 
@@ -53,7 +53,7 @@ def saved(run: Path, *steps: int, keep: int = 2, engine: Any = None, bests: dict
         engine.value = float(step)
         if bests and step in bests:
             checkpoint.note_best(run, step, "R@1", bests[step], SingleProcess())
-        checkpoint.save(run, engine, plan, place(step))
+        checkpoint.save(run, engine, plan, state_at(step))
     return engine
 
 
@@ -64,8 +64,8 @@ def names(run: Path) -> list[int]:
 def test_what_was_saved_comes_back(tmp_path):
     saved(tmp_path, 3, 12)
     engine: Any = Plain()
-    assert checkpoint.load(checkpoint.find(tmp_path, "3"), engine) == place(3) and engine.value == 3.0
-    assert checkpoint.load(checkpoint.find(tmp_path), engine) == place(12) and engine.value == 12.0
+    assert checkpoint.restore(checkpoint.find(tmp_path, "3"), engine) == state_at(3) and engine.value == 3.0
+    assert checkpoint.restore(checkpoint.find(tmp_path), engine) == state_at(12) and engine.value == 12.0
     files = {p.name for p in checkpoint.find(tmp_path).iterdir()}
     assert files == {"engine", "meta.json", "rank-0.pt", "recipe.yaml", "weights.safetensors"}
     assert recipe.load(checkpoint.find(tmp_path)) == recipe.parse(settings(tmp_path.parent, checkpoint={"keep": 2}))
@@ -78,7 +78,7 @@ def test_generators_go_on_where_they_were(tmp_path):
     engine = saved(tmp_path, 1)
     wanted = [draw() for _ in range(3)]
     draw()
-    checkpoint.load(checkpoint.find(tmp_path), engine)
+    checkpoint.restore(checkpoint.find(tmp_path), engine)
     assert [draw() for _ in range(3)] == wanted
 
 
@@ -145,12 +145,12 @@ def test_zero_is_refused_under_another_stage_or_size(tmp_path, kind, size):
     path = checkpoint.find(tmp_path) if saved(tmp_path, 5, engine=Plain("zero2", 2)) else tmp_path
     engine: Any = Plain(kind, size)
     with pytest.raises(ValueError, match="written by 2 ranks under zero2") as refusal:
-        checkpoint.load(path, engine)
+        checkpoint.restore(path, engine)
     assert f"this run has {size} under {kind}" in str(refusal.value) and engine.value == 0.0
     assert str(path / "weights.safetensors") in str(refusal.value)
 
 
-def test_the_place_is_readable_by_people(tmp_path):
+def test_the_state_is_readable_by_people(tmp_path):
     saved(tmp_path, 5)
     meta = json.loads((checkpoint.find(tmp_path) / "meta.json").read_text())
     assert meta["step"] == 5 and meta["kind"] == "none" and meta["size"] == 1 and meta["batch"] == 8

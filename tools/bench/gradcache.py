@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from mvpretrain import objectives
-from mvpretrain.engine import Engine, start, wrap
+from mvpretrain.engine import Engine, resolve, start, wrap
 from mvpretrain.engine.optimizer import OptimizerConfig, build_optimizer
 from mvpretrain.engine.settings import EngineConfig
 from mvpretrain.model.task import Task
@@ -45,7 +45,7 @@ def engine_of(side: str, options: argparse.Namespace) -> Engine:
     if side == "first in bf16":
         settings["first_pass"] = "bf16"
     config = EngineConfig(**settings, threads=options.threads)
-    world = start(config)
+    world = start(resolve(config))
     torch.manual_seed(0)
     image = {"kind": "vit", "image_size": 32, "patch": 4, "width": 384, "depth": options.depth, "heads": 6}
     text = {"kind": "transformer", "length": LENGTH, "width": 192, "depth": 4, "heads": 3}

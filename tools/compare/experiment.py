@@ -139,8 +139,8 @@ class Experiment(NamedTuple):
 
 def ended(recipe: Recipe) -> Task:
     """The run's task at its end, what its objective knows of single samples included."""
-    engine = train.build_engine(recipe, engines.start(recipe.engine))
-    checkpoint.load(checkpoint.find(Path(recipe.run)), engine)
+    engine = train.build_engine(recipe, engines.start(engines.resolve(recipe.engine)))
+    checkpoint.restore(checkpoint.find(Path(recipe.run)), engine)
     return engine.task.eval()
 
 

@@ -13,7 +13,7 @@ from mvpretrain.data.build import count_samples
 from mvpretrain.distributed.collectives import SingleProcess
 from mvpretrain.distributed.gather import gather_embeddings
 from mvpretrain.evaluation._collect import Table
-from mvpretrain.evaluation.probes import linear
+from mvpretrain.evaluation._probes import linear
 from mvpretrain.evaluation.retrieval import retrieval
 from mvpretrain.model.task import Task
 from mvpretrain.recipe import Recipe

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mvpretrain.data.sources.shards import ShardsConfig
 from mvpretrain.distributed.collectives import SingleProcess
-from mvpretrain.evaluation.probes import accuracy, knn_guesses, linear_guesses
+from mvpretrain.evaluation._probes import accuracy, knn_guesses, linear_guesses
 from mvpretrain.evaluation.retrieval import retrieval
 from mvpretrain.model.task import Task
 from mvpretrain.recipe import Recipe
