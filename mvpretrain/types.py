@@ -1,11 +1,38 @@
-"""What travels between the parts: named tuples of tensors, and the two protocols that the registries build."""
+"""What travels between the parts: named tuples of tensors with their row algebra, and the protocols of the parts."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.data import default_collate
+
+T = TypeVar("T")
+
+
+def map_tensors(change: Callable[..., Tensor], first: T, *others: T) -> T:
+    """A structure like `first`, each of whose tensors is `change` of the tensors in that place of all structures.
+
+    Structures are tensors, None, and dicts and named tuples of structures; the others have at least the keys of
+    `first`, and a tensor where it has one.
+    """
+    structures: tuple[Any, ...] = (first, *others)
+    if isinstance(first, Tensor):
+        return cast(T, change(*structures))
+    if isinstance(first, dict):
+        return cast(T, {key: map_tensors(change, *(s[key] for s in structures)) for key in first})
+    if isinstance(first, tuple):
+        return type(first)(*(map_tensors(change, *fields) for fields in zip(*structures, strict=True)))
+    assert first is None, type(first)
+    return first
+
+
+def _concatenated(parts: Sequence[T]) -> T:
+    """Parts one below the other; one alone is returned as it is."""
+    return parts[0] if len(parts) == 1 else map_tensors(lambda *tensors: torch.cat(tensors), *parts)
 
 
 class View(NamedTuple):
@@ -14,9 +41,26 @@ class View(NamedTuple):
     data: Tensor  # b *item
     mask: Tensor | None = None  # b length, True where there is data (views of variable length)
 
+    @staticmethod
+    def stack(items: Sequence[View]) -> View:
+        """Items of one shape as a view of as many rows; a loader's worker stacks into memory that it shares."""
+        return map_tensors(lambda *tensors: default_collate(list(tensors)), *items)
+
+    @staticmethod
+    def cat(views: Sequence[View]) -> View:
+        """Views of one shape as one view of more rows."""
+        return _concatenated(views)
+
+    def rows(self, rows: slice | Tensor) -> View:
+        """Some rows; a slice is in the same memory."""
+        return map_tensors(lambda x: x[rows], self)
+
+    def shorten(self, length: int) -> View:
+        """The first `length` positions of every row, in the same memory."""
+        return map_tensors(lambda x: x[:, :length], self)
+
     def to(self, device: torch.device) -> View:
-        mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
-        return View(self.data.to(device, non_blocking=True), mask)
+        return map_tensors(lambda x: x.to(device, non_blocking=True), self)
 
 
 class Sample(NamedTuple):
@@ -36,13 +80,17 @@ class Batch(NamedTuple):
     present: dict[str, Tensor]  # b, bool
     labels: Tensor  # b, int64, -1 where unknown
 
+    @staticmethod
+    def cat(batches: Sequence[Batch]) -> Batch:
+        """Batches of the same views one below the other."""
+        return _concatenated(batches)
+
+    def rows(self, rows: slice | Tensor) -> Batch:
+        """Some rows; a slice is in the same memory."""
+        return map_tensors(lambda x: x[rows], self)
+
     def to(self, device: torch.device) -> Batch:
-        return Batch(
-            {v: view.to(device) for v, view in self.views.items()},
-            self.ids.to(device, non_blocking=True),
-            {v: p.to(device, non_blocking=True) for v, p in self.present.items()},
-            self.labels.to(device, non_blocking=True),
-        )
+        return map_tensors(lambda x: x.to(device, non_blocking=True), self)
 
 
 class Embeddings(NamedTuple):
@@ -52,6 +100,38 @@ class Embeddings(NamedTuple):
     ids: Tensor
     present: dict[str, Tensor]
     labels: Tensor
+
+    @staticmethod
+    def cat(tables: Sequence[Embeddings]) -> Embeddings:
+        """Tables one below the other; the first one says which views the result has."""
+        return _concatenated(tables)
+
+    def rows(self, rows: slice | Tensor) -> Embeddings:
+        """Some rows; a slice is in the same memory."""
+        return map_tensors(lambda x: x[rows], self)
+
+    def split(self, parts: int) -> list[Embeddings]:
+        """The table as so many tables of equally many rows, in the same memory."""
+        assert len(self.ids) % parts == 0, (len(self.ids), parts)
+        z, present = ({v: x.chunk(parts) for v, x in columns.items()} for columns in (self.z, self.present))
+        rest = zip(self.ids.chunk(parts), self.labels.chunk(parts), strict=True)
+        return [
+            Embeddings({v: x[i] for v, x in z.items()}, ids, {v: p[i] for v, p in present.items()}, labels)
+            for i, (ids, labels) in enumerate(rest)
+        ]
+
+    def pad(self, rows: int) -> Embeddings:
+        """The table with absent rows appended up to `rows`: their z is zero, their ids and labels are -1."""
+        more = rows - len(self.ids)
+        assert more >= 0, (len(self.ids), rows)
+        if more == 0:
+            return self
+        return Embeddings(
+            z={v: pad(z, (0, 0, 0, more)) for v, z in self.z.items()},
+            present={v: pad(p, (0, more), value=False) for v, p in self.present.items()},
+            ids=pad(self.ids, (0, more), value=-1),
+            labels=pad(self.labels, (0, more), value=-1),
+        )
 
 
 class Losses(NamedTuple):

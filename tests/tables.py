@@ -40,18 +40,9 @@ def table(k: int, seed: int = 0, dim: int = 8, dtype: torch.dtype = torch.float3
     return Embeddings(z, ids, present, torch.full((ROWS,), -1))
 
 
-def rows_of(whole: Embeddings, rows: slice | Tensor) -> Embeddings:
-    return Embeddings(
-        {v: z[rows] for v, z in whole.z.items()},
-        whole.ids[rows],
-        {v: p[rows] for v, p in whole.present.items()},
-        whole.labels[rows],
-    )
-
-
 def part_of(whole: Embeddings, rank: int, size: int) -> Embeddings:
     start = sum(SPLITS[size][:rank])
-    return rows_of(whole, slice(start, start + SPLITS[size][rank]))
+    return whole.rows(slice(start, start + SPLITS[size][rank]))
 
 
 def leaves(whole: Embeddings) -> Embeddings:

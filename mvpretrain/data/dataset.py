@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from mvpretrain.data.sources.shards import BadSample
 from mvpretrain.types import Batch, Sample, Transform, View
@@ -68,7 +68,7 @@ class Rows(Dataset[Read]):
         with torch.random.fork_rng(devices=[]):
             rows = [self.row(draw) for draw in draws]
         batch = Batch(
-            views={view: stacked([row.views.get(view, blank) for row in rows]) for view, blank in self.blanks.items()},
+            views={v: View.stack([row.views.get(v, blank) for row in rows]) for v, blank in self.blanks.items()},
             ids=torch.tensor([row.id for row in rows], dtype=torch.int64),
             present={view: torch.tensor([view in row.views for row in rows]) for view in self.blanks},
             labels=torch.tensor([row.label for row in rows], dtype=torch.int64),
@@ -99,12 +99,6 @@ class Rows(Dataset[Read]):
         if layout(item) != layout(self.blanks[view]):
             raise BadSample(f"{view}: {layout(item)} where the blank item is {layout(self.blanks[view])}")
         return item
-
-
-def stacked(items: list[View]) -> View:
-    # default_collate stacks into memory that a worker shares with the training process.
-    masks = [item.mask for item in items]
-    return View(default_collate([item.data for item in items]), None if masks[0] is None else default_collate(masks))
 
 
 def layout(item: View) -> str:

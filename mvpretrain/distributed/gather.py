@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch.nn.functional import pad
 
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.types import Embeddings
@@ -22,7 +21,7 @@ def gather_embeddings(
     """
     if collectives.size == 1:
         return local, local
-    local = padded(local, collectives.largest(len(local.ids)))
+    local = local.pad(collectives.largest(len(local.ids)))
     z = next(iter(local.z.values()))
     kind, views = z.dtype, list(local.z)
     names = views if gathers is None or gathers(*z.shape) else []
@@ -53,17 +52,3 @@ def refuse_other_ranks(local: Embeddings, gathered: Embeddings, collectives: Col
             f"the gathered table has {len(gathered.ids)} rows and this rank's {len(local.ids)}, but the objective was "
             f"built for {collectives.size} rank(s); build it with the collectives that gather the tables"
         )
-
-
-def padded(table: Embeddings, rows: int) -> Embeddings:
-    """The table with absent rows appended up to `rows`; their ids and labels are -1."""
-    more = rows - len(table.ids)
-    assert more >= 0, (len(table.ids), rows)
-    if more == 0:
-        return table
-    return Embeddings(
-        z={v: pad(z, (0, 0, 0, more)) for v, z in table.z.items()},
-        present={v: pad(p, (0, more), value=False) for v, p in table.present.items()},
-        ids=pad(table.ids, (0, more), value=-1),
-        labels=pad(table.labels, (0, more), value=-1),
-    )

@@ -56,7 +56,7 @@ def without_padding(view: View) -> View:
         return view
     there = view.mask.any(dim=0).nonzero()
     most = 8 * (int(there[-1]) // 8 + 1) if len(there) else 8
-    return View(view.data[:, :most], view.mask[:, :most])
+    return view.shorten(most)
 
 
 def masked_mean(x: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None) -> Float[Tensor, "b d"]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from mvpretrain.distributed import sample_state
 from mvpretrain.engine.step import Engine, Step, autocast, reduce_status, restore_buffers, snapshot_buffers
 from mvpretrain.model.task import EmbeddingGradients, Task
-from mvpretrain.types import Batch, Embeddings, Losses, View
+from mvpretrain.types import Batch, Embeddings, Losses, map_tensors
 
 
 def step(engine: Engine, batch: Batch, values: Sequence[float]) -> Step:
@@ -83,19 +83,8 @@ def split(engine: Engine, batch: Batch) -> Pieces | None:
         return None
     own = max(1, -(-rows // most))
     ends = [rows * i // own for i in range(own + 1)]
-    batches = [part(batch, begin, end) for begin, end in pairwise(ends)]
+    batches = [batch.rows(slice(begin, end)) for begin, end in pairwise(ends)]
     return Pieces(batches + batches[:1] * (count - own), own)
-
-
-def part(batch: Batch, begin: int, end: int) -> Batch:
-    """Some rows of a batch, in the same memory."""
-    rows = slice(begin, end)
-    return Batch(
-        {v: View(x.data[rows], None if x.mask is None else x.mask[rows]) for v, x in batch.views.items()},
-        batch.ids[rows],
-        {v: p[rows] for v, p in batch.present.items()},
-        batch.labels[rows],
-    )
 
 
 def in_two_passes(engine: Engine, batch: Batch, pieces: Pieces) -> tuple[Losses, Callable[[], None]]:
@@ -128,8 +117,7 @@ def first_pass(engine: Engine, pieces: Pieces) -> tuple[dict[str, Tensor], Memor
     # As if the repeated rows had not been there.
     set_generators(device, generators[pieces.own])
     restore_buffers(task.teacher.towers, teacher_rows)
-    z = {v: torch.cat([table[v] for table in tables[: pieces.own]]) for v in tables[0]}
-    return z, Memory(generators, buffers)
+    return map_tensors(lambda *z: torch.cat(z), *tables[: pieces.own]), Memory(generators, buffers)
 
 
 def second_pass(engine: Engine, pieces: Pieces, memory: Memory, leaves: dict[str, Tensor], loss: Tensor) -> None:

@@ -14,7 +14,7 @@ from mvpretrain.distributed.gather import gather_embeddings
 from mvpretrain.model.heads import unit
 from mvpretrain.model.task import Task
 from mvpretrain.model.tower import Tower
-from mvpretrain.types import Batch, Embeddings
+from mvpretrain.types import Batch, Embeddings, map_tensors
 
 
 class Table(NamedTuple):
@@ -73,29 +73,11 @@ def encode(task: Task, batch: Batch, features: bool) -> tuple[Embeddings, dict[s
 def kept(every: Embeddings, features: dict[str, Tensor]) -> Table:
     """The gathered rows on the CPU without the padding."""
     real = (every.ids != -1) | torch.stack(list(every.present.values())).any(dim=0)
-
-    def here(x: Tensor) -> Tensor:
-        return x[real].detach().cpu()
-
-    return Table(
-        {v: here(z).float() for v, z in every.z.items()},
-        {v: here(x) for v, x in features.items()},
-        here(every.ids),
-        {v: here(p) for v, p in every.present.items()},
-        here(every.labels),
-    )
+    table = Table(every.z, features, every.ids, every.present, every.labels)
+    found = map_tensors(lambda x: x[real].detach().cpu(), table)
+    return found._replace(z={v: z.float() for v, z in found.z.items()})
 
 
 def joined(parts: list[Table]) -> Table:
     """Tables one below the other."""
-
-    def below(columns: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return {v: torch.cat([column[v] for column in columns]) for v in columns[0]}
-
-    return Table(
-        below([part.z for part in parts]),
-        below([part.features for part in parts]),
-        torch.cat([part.ids for part in parts]),
-        below([part.present for part in parts]),
-        torch.cat([part.labels for part in parts]),
-    )
+    return map_tensors(lambda *columns: torch.cat(columns), *parts)

@@ -57,7 +57,7 @@ class Exported(nn.Module):
         self.eval()
         try:
             rows = [
-                self(stacked([self.read(value) for value in values[at : at + batch]]).to(device)).cpu()
+                self(View.stack([self.read(value) for value in values[at : at + batch]]).to(device)).cpu()
                 for at in range(0, len(values), batch)
             ]
         finally:
@@ -67,12 +67,6 @@ class Exported(nn.Module):
     def read(self, value: Any) -> View:
         """One raw value as an item."""
         return self.transform(value.read_bytes() if isinstance(value, Path) else value)
-
-
-def stacked(items: Sequence[View]) -> View:
-    """Items as one view of as many rows."""
-    masks = [item.mask for item in items if item.mask is not None]
-    return View(torch.stack([item.data for item in items]), torch.stack(masks) if masks else None)
 
 
 def load(folder: str | Path, view: str | None = None) -> Exported:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mvpretrain.config import unknown
 from mvpretrain.distributed.collectives import SingleProcess
-from mvpretrain.export.encoder import FORMAT, HERE, Exported, load, put, stacked
+from mvpretrain.export.encoder import FORMAT, HERE, Exported, load, put
 from mvpretrain.model.task import Task
 from mvpretrain.model.tower import Tower, TowerConfig
 from mvpretrain.recipe import Recipe
@@ -91,7 +91,7 @@ def compare(folder: Path, views: Sequence[str], recipe: Recipe, task: Task) -> d
     raw = {name: inputs(view) for name, view in recipe.views.items()}
     ours = {name: view.build(train=False) for name, view in recipe.views.items()}
     batch = Batch(
-        {name: stacked([item(ours[name], value) for value in raw[name]]) for name in raw},
+        {name: View.stack([item(ours[name], value) for value in raw[name]]) for name in raw},
         torch.arange(ROWS),
         {name: torch.ones(ROWS, dtype=torch.bool) for name in raw},
         torch.full((ROWS,), -1),
@@ -110,7 +110,7 @@ def compare(folder: Path, views: Sequence[str], recipe: Recipe, task: Task) -> d
 
 
 def again(exported: Exported, raw: Sequence[Any]) -> Tensor:
-    return exported(stacked([item(exported.transform, value) for value in raw]))
+    return exported(View.stack([item(exported.transform, value) for value in raw]))
 
 
 def inputs(view: ViewConfig) -> list[Any]:

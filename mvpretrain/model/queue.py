@@ -36,20 +36,16 @@ class Queue(nn.Module):
 
         So `gathered` stays the ranks' tables one after another, though nothing more was sent.
         """
-        held, size = self.table(mine), self.collectives.size
-        both = interleaved(gathered, held, size)
-        if size == 1:
-            return both, both
-        part = len(held.ids) // size
-        return interleaved(
-            mine, rows_of(held, slice(self.collectives.rank * part, (self.collectives.rank + 1) * part))
-        ), both
+        size = self.collectives.size
+        held = self.table(mine).split(size)
+        both = Embeddings.cat([part for pair in zip(gathered.split(size), held, strict=True) for part in pair])
+        return (both if size == 1 else Embeddings.cat([mine, held[self.collectives.rank]])), both
 
     def table(self, like: Embeddings) -> Embeddings:
         """The rows as a table of the same views: those of the students are absent."""
         places = {v: i for i, v in enumerate(self.views)}
         nothing, absent = torch.zeros_like(self.z[0]), torch.zeros_like(self.present[0])
-        z = {v: self.z[places[v]] if v in places else nothing for v in like.z}
+        z = {v: (self.z[places[v]] if v in places else nothing).to(x.dtype) for v, x in like.z.items()}
         present = {v: self.present[places[v]] if v in places else absent for v in like.present}
         return Embeddings(z, self.ids, present, self.labels)
 
@@ -71,27 +67,3 @@ class Queue(nn.Module):
             rows = held.shape[axis]
             both = torch.cat([held, new.to(held.dtype)], dim=axis)
             held.copy_(both.narrow(axis, both.shape[axis] - rows, rows))
-
-
-def interleaved(one: Embeddings, other: Embeddings, parts: int = 1) -> Embeddings:
-    """The first part of one table, the first of the other, the second of the one, and so on."""
-
-    def mixed(x: Tensor, y: Tensor) -> Tensor:
-        cut = [t.reshape(parts, len(t) // parts, *t.shape[1:]) for t in (x, y.to(x.dtype))]
-        return torch.cat(cut, dim=1).flatten(0, 1)
-
-    return Embeddings(
-        {v: mixed(z, other.z[v]) for v, z in one.z.items()},
-        mixed(one.ids, other.ids),
-        {v: mixed(p, other.present[v]) for v, p in one.present.items()},
-        mixed(one.labels, other.labels),
-    )
-
-
-def rows_of(table: Embeddings, rows: slice) -> Embeddings:
-    return Embeddings(
-        {v: z[rows] for v, z in table.z.items()},
-        table.ids[rows],
-        {v: p[rows] for v, p in table.present.items()},
-        table.labels[rows],
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -80,7 +80,7 @@ class Task(nn.Module):
             together[tower, (view.data.shape, view.mask is None)].append(v)
         out = {}
         for (tower, _), names in together.items():
-            result = modules[tower](joined([data[v] for v in names]))
+            result = modules[tower](View.cat([data[v] for v in names]))
             out.update(zip(names, result.chunk(len(names))))
         return {v: out[v] for v in views}
 
@@ -114,11 +114,3 @@ class Task(nn.Module):
     def objective_parameters(self) -> list[nn.Parameter]:
         """Those that the objective itself trains."""
         return [p for name, p in self.named_parameters() if name.startswith("objective.") and p.requires_grad]
-
-
-def joined(views: Sequence[View]) -> View:
-    """Views of one shape as one view of more rows."""
-    if len(views) == 1:
-        return views[0]
-    masks = [view.mask for view in views if view.mask is not None]
-    return View(torch.cat([view.data for view in views]), torch.cat(masks) if masks else None)

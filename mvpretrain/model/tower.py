@@ -87,7 +87,7 @@ def by_length(encoder: nn.Module, view: View, groups: int) -> Tensor:
     for rows in order.tensor_split(groups):
         taken = rows if len(rows) else order[:1]
         longest = int(lengths[taken].max())
-        found.append(encoder(View(view.data[taken, :longest], view.mask[taken, :longest]))[: len(rows)])
+        found.append(encoder(view.shorten(longest).rows(taken))[: len(rows)])
     return torch.cat(found)[order.argsort()]
 
 

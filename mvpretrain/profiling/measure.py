@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from mvpretrain.engine.gradcache import part
 from mvpretrain.engine.step import DTYPES, autocast
 from mvpretrain.model.task import Task
 from mvpretrain.types import Batch
@@ -180,7 +179,7 @@ def passes(task: Task, batch: Batch, device: torch.device, precision: str) -> Pa
     few, more = (min(n, len(batch.ids)) for n in FEW)
     curves = []
     for rows in (few, more):
-        piece = part(batch, 0, rows).to(device)
+        piece = batch.rows(slice(rows)).to(device)
         first = one_pass(task, piece, precision)
         curves.append((*first, one_pass(task, piece, precision)[1]))
         task.zero_grad()

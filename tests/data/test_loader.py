@@ -56,22 +56,12 @@ def stream_of(sources: list[Any], batch: int = 8, seed: int = 0, rank: int = 0, 
     return Stream(sources, NOISY, batch, seed, settings, rank, size)
 
 
-def joined(parts: list[Batch]) -> Batch:
-    """The rows of all ranks, in rank order."""
-    return Batch(
-        {v: View(*(torch.cat(f) for f in zip(*(p.views[v] for p in parts)))) for v in parts[0].views},
-        torch.cat([p.ids for p in parts]),
-        {v: torch.cat([p.present[v] for p in parts]) for v in parts[0].present},
-        torch.cat([p.labels for p in parts]),
-    )
-
-
 def taken(streams: list[Stream], steps: int, cursor: Cursor | None = None) -> tuple[list[Batch], Cursor]:
     """The next global batches from the streams of all ranks, and where they end."""
     start = cursor or streams[0].start()
     ranks = [list(islice(s.batches(start), steps)) for s in streams]
     assert len({after for rank in ranks for _, after, _ in rank[-1:]}) == 1
-    return [joined([batch for batch, _, _ in step]) for step in zip(*ranks)], ranks[0][-1][1]
+    return [Batch.cat([batch for batch, _, _ in step]) for step in zip(*ranks)], ranks[0][-1][1]
 
 
 def flat(value: Any) -> list[torch.Tensor]:
@@ -261,7 +251,7 @@ def test_whole_is_every_sample_once_in_equal_batches(tmp_path: Path, size: int, 
     sources = [tars_of(tmp_path, samples_of(11), 3), tars_of(tmp_path, samples_of(10, 11), 1, "t")]
     streams = [stream_of(sources, rank=r, size=size, workers=workers) for r in range(size)]
     ranks = [list(s.whole(limit)) for s in streams]
-    found = joined([joined(list(step)) for step in zip(*ranks)])
+    found = Batch.cat([Batch.cat(list(step)) for step in zip(*ranks)])
     assert {len(b.ids) for rank in ranks for b in rank} == {8 // size} and len({len(rank) for rank in ranks}) == 1
     every = [i for s in sources for i in s.ids.tolist()]
     count = min(limit or 21, 21)

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mvpretrain.distributed.collectives import Collectives, ProcessGroup, SingleProcess
-from mvpretrain.distributed.gather import gather_embeddings, padded
+from mvpretrain.distributed.gather import gather_embeddings
 from mvpretrain.types import Embeddings
-from tests.tables import SPLITS, draw, leaves, part_of, rows_of
+from tests.tables import SPLITS, draw, leaves, part_of
 
 # Ids that no float holds, the pattern of a signalling NaN among them.
 IDS = torch.tensor([2**62 + 1, -(2**63), -1, 2**53 + 1, 0, 2**63 - 1, 0x7FA0_0001_7FA0_0001, -7, 3, 2**40, 11, 12])
@@ -118,14 +118,14 @@ def share_on(rank: int, size: int, dtype: torch.dtype) -> tuple[Embeddings, Embe
 def test_share_brings_every_rank_the_same_whole_table(ranks, size, dtype):
     found = ranks(size).run(share_on, size, dtype)
     longest = max(SPLITS[size])
-    wanted = [padded(part_of(table(dtype), rank, size), longest) for rank in range(size)]
+    wanted = [part_of(table(dtype), rank, size).pad(longest) for rank in range(size)]
     for rank, (local, gathered, _) in enumerate(found):
         assert_equal(local, wanted[rank])
         assert len(gathered.ids) == size * longest
         for other in range(size):
-            assert_equal(rows_of(gathered, slice(other * longest, (other + 1) * longest)), wanted[other])
+            assert_equal(gathered.rows(slice(other * longest, (other + 1) * longest)), wanted[other])
         real = torch.cat([torch.arange(longest) < n for n in SPLITS[size]])
-        assert_equal(rows_of(gathered, real), table(dtype))
+        assert_equal(gathered.rows(real), table(dtype))
         assert not any(p[~real].any() for p in gathered.present.values())
 
 
@@ -155,12 +155,3 @@ def test_alone_is_the_whole_world():
     local, gathered = gather_embeddings(whole, alone)
     assert local is whole and gathered is whole
     assert alone.gather(whole.ids) is whole.ids and alone.sum(whole.ids) is whole.ids and alone.largest(3) == 3
-
-
-def test_padding_is_absent_everywhere():
-    whole = table(torch.float32)
-    longer = padded(whole, 15)
-    assert_equal(rows_of(longer, slice(12)), whole)
-    assert longer.ids[12:].tolist() == longer.labels[12:].tolist() == [-1, -1, -1]
-    assert not any(p[12:].any() for p in longer.present.values())
-    assert padded(whole, 12) is whole

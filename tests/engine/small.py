@@ -38,13 +38,7 @@ def batch_of(k: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Batch
 def rows_of(batch: Batch, rank: int, size: int) -> Batch:
     """This rank's share of the batch, by SPLITS."""
     ends = list(itertools.accumulate(SPLITS[size], initial=0))
-    part = slice(ends[rank], ends[rank + 1])
-    return Batch(
-        {v: View(x.data[part]) for v, x in batch.views.items()},
-        batch.ids[part],
-        {v: p[part] for v, p in batch.present.items()},
-        batch.labels[part],
-    )
+    return batch.rows(slice(ends[rank], ends[rank + 1]))
 
 
 def tower(**changes: Any) -> TowerConfig:

@@ -155,7 +155,7 @@ def noisy_step(rank: int, kind: str, micro_batch: int) -> dict[str, Any]:
     left, task = torch.get_rng_state(), made(engine.world.collectives)
     torch.manual_seed(5 + rank)
     count = -(-len(batch.ids) // micro_batch)
-    parts = [gradcache.part(batch, b.start, b.stop) for b in pieces(len(batch.ids), count)]
+    parts = [batch.rows(b) for b in pieces(len(batch.ids), count)]
     tables = [task.train().encode(piece) for piece in parts]
     joined = {v: torch.cat([t.z[v] for t in tables]) for v in tables[0].z}
     trained = list(task.parameters())
@@ -320,7 +320,7 @@ def with_nothing(rank: int, kind: str) -> list[float]:
     """One rank brings no row at all."""
     engine = engine_of(kind, None, optimizer_of, micro_batch=2)
     batch = batch_of(3)
-    mine = gradcache.part(batch, 0, ROWS if rank == 0 else 0)
+    mine = batch.rows(slice(ROWS if rank == 0 else 0))
     return [engine.step(mine).loss for _ in range(2)]
 
 

@@ -45,12 +45,12 @@ def batches(rank: int, size: int) -> Iterator[Batch]:
     for start in range(0, ROWS, BATCH):
         rows = torch.arange(start + rank * own, start + (rank + 1) * own)
         real = rows < ROWS
-        rows = rows.clamp_max(ROWS - 1)
+        part = whole.rows(rows.clamp_max(ROWS - 1))
         yield Batch(
-            {v: View(x.data[rows]) for v, x in whole.views.items()},
-            whole.ids[rows].masked_fill(~real, -1),
-            {v: p[rows] & real for v, p in whole.present.items()},
-            whole.labels[rows].masked_fill(~real, -1),
+            part.views,
+            part.ids.masked_fill(~real, -1),
+            {v: p & real for v, p in part.present.items()},
+            part.labels.masked_fill(~real, -1),
         )
 
 

@@ -13,7 +13,7 @@ from mvpretrain import objectives, recipe
 from mvpretrain.distributed.collectives import SingleProcess
 from mvpretrain.evaluation.suite import MeanLoss
 from mvpretrain.export.write import export_run
-from mvpretrain.model.queue import Queue, interleaved, rows_of
+from mvpretrain.model.queue import Queue
 from mvpretrain.model.task import Task
 from mvpretrain.model.teacher import TeacherConfig
 from mvpretrain.training import train
@@ -64,7 +64,7 @@ def test_the_queue_is_behind_the_batch_and_grows_in_training_only():
     assert not torch.stack([p[ROWS:] for p in seen.local.present.values()]).any()
     first = seen.local
     task(batch_of(3, seed=1))
-    behind = rows_of(seen.local, slice(ROWS, None))
+    behind = seen.local.rows(slice(ROWS, None))
     assert torch.equal(behind.ids, first.ids[ROWS - 8 : ROWS])
     for v in NAMES:
         teacher_rows = v.endswith("teacher")
@@ -81,13 +81,24 @@ def test_rows_without_a_teachers_view_are_not_queued():
     assert queue.present.all()
 
 
+class OneOfTwo(SingleProcess):
+    """A rank of two that has nothing to send."""
+
+    size = 2
+
+    def __init__(self, rank: int):
+        self.rank = rank
+
+
 def test_every_is_the_ranks_tables_one_after_another():
-    tables, held = [table(2, seed) for seed in (1, 2)], table(2, seed=3)
-    halves = [rows_of(held, slice(0, 6)), rows_of(held, slice(6, 12))]
-    found = interleaved(interleaved(tables[0], tables[1]), held, parts=2)
+    tables = [table(2, seed) for seed in (1, 2)]
     for rank in range(2):
-        part = rows_of(found, slice(18 * rank, 18 * rank + 18))
-        torch.testing.assert_close(part, interleaved(tables[rank], halves[rank]))
+        queue = Queue(["view1"], 6, 8, OneOfTwo(rank))
+        queue.push(table(2, seed=3), table(2, seed=3))
+        mine, every = queue.behind(tables[rank], Embeddings.cat(tables))
+        torch.testing.assert_close(every.split(2)[rank], mine, rtol=0, atol=0)
+        assert torch.equal(mine.ids, torch.cat([tables[rank].ids, queue.ids[3 * rank : 3 * rank + 3]]))
+        assert not mine.present["view0"][-3:].any() and mine.present["view1"][-3:].all()
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.75, 1.0])

@@ -13,7 +13,7 @@ from mvpretrain import objectives
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.types import Embeddings, Losses
 from tests.objectives.towers import outcome, outcome_on, relative_errors
-from tests.tables import ROWS, draw, leaves, names, rows_of, table
+from tests.tables import ROWS, draw, leaves, names, table
 
 
 def build(config: dict[str, Any], k: int, collectives: Collectives | None = None, dim: int = 8) -> nn.Module:
@@ -38,7 +38,7 @@ def orthonormal(k: int) -> Embeddings:
 
 
 def assert_gradient_is_that_of_finite_differences(objective: nn.Module, k: int, labels: Tensor | None = None) -> None:
-    whole = rows_of(table(k, seed=3, dim=2, dtype=torch.float64), slice(0, 8))
+    whole = table(k, seed=3, dim=2, dtype=torch.float64).rows(slice(0, 8))
     whole = whole if labels is None else whole._replace(labels=labels)
     state = {name: p.detach().clone().requires_grad_() for name, p in objective.named_parameters()}
 

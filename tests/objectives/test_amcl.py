@@ -24,7 +24,7 @@ from tests.objectives.checks import (
     orthonormal,
 )
 from tests.objectives.test_barlow import correlation
-from tests.tables import ROWS, leaves, rows_of, table
+from tests.tables import ROWS, leaves, table
 from tests.test_recipe import BASE
 
 VARIANTS = [
@@ -237,7 +237,7 @@ def test_perfect_alignment_is_finite_and_counted():
 
 @pytest.mark.parametrize("base", ["simclr", "infonce"])
 def test_without_another_sample_there_is_no_loss(base):
-    whole = leaves(rows_of(table(2, plain=True, dtype=torch.float64), slice(0, 2)))
+    whole = leaves(table(2, plain=True, dtype=torch.float64).rows(slice(2)))
     whole = whole._replace(ids=torch.tensor([4, 4]))
     losses = build(SMALL | {"base": base}, 2)(whole, whole)
     assert_finite(losses, whole)

@@ -19,7 +19,7 @@ from tests.objectives.checks import (
     floats,
     orthonormal,
 )
-from tests.tables import ROWS, leaves, rows_of, table
+from tests.tables import ROWS, leaves, table
 
 VARIANTS = [{"weighted": 0.5, "temperature": 0.2}]
 CONFIGS: list[dict[str, Any]] = [{"kind": "dcl"}, *({"kind": "dcl", **more} for more in VARIANTS)]
@@ -107,7 +107,7 @@ def test_perfect_alignment_is_finite(config, k):
 
 @config_of
 def test_without_another_sample_there_is_no_loss(config):
-    whole = leaves(rows_of(table(2, plain=True, dtype=torch.float64), slice(0, 2)))
+    whole = leaves(table(2, plain=True, dtype=torch.float64).rows(slice(0, 2)))
     whole = whole._replace(ids=torch.tensor([4, 4]))
     losses = build(config, 2)(whole, whole)
     assert_finite(losses, whole)

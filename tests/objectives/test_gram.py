@@ -17,7 +17,7 @@ from mvpretrain.objectives.gram import adjugate_and_determinant
 from mvpretrain.similarity import blockwise
 from mvpretrain.types import Embeddings
 from tests.objectives.checks import assert_finite, assert_ranks_are_one_process, build, floats, orthonormal
-from tests.tables import ROWS, draw, leaves, names, rows_of, table
+from tests.tables import ROWS, draw, leaves, names, table
 
 VARIANTS = [{"anchor": "all", "label_smoothing": 0.1}]
 CASES: dict[str, dict[str, Any]] = {
@@ -137,7 +137,7 @@ def test_tiles_change_nothing(monkeypatch, case):
 @case_of
 def test_gradient_is_that_of_finite_differences(case, k):
     # Not in two dimensions, as other objectives: three rows span no volume there.
-    objective, whole = gram(k, **CASES[case]), rows_of(table(k, seed=3, dim=5, dtype=torch.float64), slice(0, 8))
+    objective, whole = gram(k, **CASES[case]), table(k, seed=3, dim=5, dtype=torch.float64).rows(slice(0, 8))
     start = objective.get_parameter("log_temperature").detach().clone().requires_grad_()
 
     def total(log_temperature, *z):

@@ -15,7 +15,7 @@ from mvpretrain import objectives
 from mvpretrain.objectives.infonce import InfoNCE
 from mvpretrain.types import Embeddings, Losses
 from tests.objectives.towers import outcome, outcome_on, relative_errors
-from tests.tables import ROWS, leaves, names, rows_of, table
+from tests.tables import ROWS, leaves, names, table
 
 VARIANTS = [
     {"in_view": True},
@@ -103,7 +103,7 @@ def test_listed_pairs_are_taken_as_listed():
 
 def test_positive_only_in_another_row():
     # Sample 5 has view0 in one row and view1 in another, as when its views lie in different shards.
-    whole = rows_of(table(2, plain=True, dtype=torch.float64), slice(0, 4))
+    whole = table(2, plain=True, dtype=torch.float64).rows(slice(0, 4))
     present = {"view0": torch.tensor([True, True, False, True]), "view1": torch.tensor([True, False, True, False])}
     whole = whole._replace(ids=torch.tensor([9, 5, 5, 2]), present=present)
     objective = infonce({}, 2)
@@ -138,7 +138,7 @@ def test_two_views_with_in_view_are_simclrs_loss():
 @case_of
 def test_gradient_is_that_of_finite_differences(case):
     config, k = CASES[case], 3
-    objective, whole = infonce(config, k), rows_of(table(k, seed=3, dim=2, dtype=torch.float64), slice(0, 8))
+    objective, whole = infonce(config, k), table(k, seed=3, dim=2, dtype=torch.float64).rows(slice(0, 8))
     start = objective.log_temperature.detach().clone().requires_grad_()
     del objective.log_temperature
 

@@ -21,7 +21,7 @@ from mvpretrain.objectives.m3g import M3G
 from mvpretrain.types import Embeddings
 from tests.objectives.checks import assert_gradient_is_that_of_finite_differences, assert_ranks_are_one_process
 from tests.objectives.towers import mean
-from tests.tables import ROWS, draw, leaves, names, part_of, rows_of, table
+from tests.tables import ROWS, draw, leaves, names, part_of, table
 
 VARIANTS = [{"temperature": 0.1}, {"epsilon": 0.05, "tolerance": 1e-5}]
 EXACT = {"tolerance": 1e-13, "max_sweeps": 20_000}
@@ -58,7 +58,7 @@ def true_matching(whole: Embeddings) -> Tensor:
 def dense(whole: Embeddings, epsilon: float) -> Dense:
     """The definition with all n^k tuples, Sinkhorn in logarithms on the whole tensor."""
     live = torch.stack(list(whole.present.values())).any(dim=0)
-    whole = leaves(rows_of(whole, live))
+    whole = leaves(whole.rows(live))
     n, views = len(whole.ids), list(whole.z)
     k = len(views)
     cost = torch.zeros([n] * k, dtype=torch.float64)
@@ -110,7 +110,7 @@ def accuracy(plan: Tensor, whole: Embeddings) -> float:
 def smaller(k: int, plain: bool, seed: int = 3) -> Embeddings:
     """As few rows as k axes allow, with equal ids and every kind of missing views left in."""
     rows = slice(0, {2: 12, 3: 12, 4: 9, 5: 8, 6: 5}[k])
-    whole = rows_of(table(k, seed=seed, dtype=torch.float64, plain=plain), rows)
+    whole = table(k, seed=seed, dtype=torch.float64, plain=plain).rows(rows)
     if not plain:
         whole.ids[1] = whole.ids[2] = whole.ids[4]
         whole.present[names(k)[1]][[1, 3]] = False
@@ -156,7 +156,7 @@ def test_gradient_is_that_of_finite_differences(k):
 def matched(k: int, n: int = ROWS) -> Embeddings:
     """Every view of a row is the same, rows are orthogonal."""
     rows = torch.linalg.qr(draw(3, n, n))[0]
-    whole = rows_of(table(k, plain=True, dtype=torch.float64), slice(0, n))
+    whole = table(k, plain=True, dtype=torch.float64).rows(slice(0, n))
     return whole._replace(z=dict.fromkeys(names(k), rows))
 
 
@@ -166,7 +166,7 @@ def test_is_zero_at_a_perfect_matching(k):
     assert float(m3g({"epsilon": 0.01}, k)(whole, whole).total) == pytest.approx(0, abs=1e-7)
     assert float(m3g({"epsilon": 0.01}, k)(whole, whole).parts["accuracy"]) == 1
     # The same sample twice, and a view missing here and there, do not lift the floor.
-    twice = rows_of(whole, torch.arange(ROWS).repeat(2)[3:])
+    twice = whole.rows(torch.arange(ROWS).repeat(2)[3:])
     assert float(m3g({"epsilon": 0.01}, k)(twice, twice).total) == pytest.approx(0, abs=1e-7)
     if k > 2:
         for i, v in enumerate(names(k)):
@@ -187,7 +187,7 @@ def test_two_views_without_competition_for_columns_are_infonce():
     n, epsilon = 8, 0.1
     angles = torch.arange(n, dtype=torch.float64) * 2 * torch.pi / n
     x, y = (torch.stack([(angles + shift).cos(), (angles + shift).sin()], dim=1) for shift in (0.0, 0.3))
-    whole = rows_of(table(2, plain=True, dtype=torch.float64), slice(0, n))._replace(z={"view0": x, "view1": y})
+    whole = table(2, plain=True, dtype=torch.float64).rows(slice(0, n))._replace(z={"view0": x, "view1": y})
     infonce = cross_entropy(x @ y.T / (2 * epsilon), torch.arange(n))
     torch.testing.assert_close(m3g({"epsilon": epsilon}, 2)(whole, whole).total / epsilon, infonce)
 

@@ -21,7 +21,7 @@ from tests.objectives.checks import (
     floats,
     orthonormal,
 )
-from tests.tables import ROWS, draw, leaves, names, rows_of, table
+from tests.tables import ROWS, draw, leaves, names, table
 
 VARIANTS = [{"spectral_temperature": 0.5, "instance_temperature": 0.2, "instance_weight": 2.0}]
 
@@ -121,7 +121,7 @@ def mutually_orthogonal(k: int) -> Embeddings:
 
 
 def test_what_is_not_finite_reaches_the_loss():
-    whole = rows_of(table(3), slice(1, 4))
+    whole = table(3).rows(slice(1, 4))
     whole.z["view1"][2, 0] = torch.nan
     assert pmrl(3).float()(whole, whole).total.isnan()
 

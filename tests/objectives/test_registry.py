@@ -15,11 +15,10 @@ import torch
 from torch import nn
 
 from mvpretrain.distributed import sample_state
-from mvpretrain.distributed.gather import padded
 from mvpretrain.objectives import registry
 from mvpretrain.types import Embeddings, Losses
 from tests.objectives.towers import build, outcome, outcome_on, relative_errors
-from tests.tables import ROWS, leaves, names, rows_of, table
+from tests.tables import ROWS, leaves, names, table
 
 HERE = Path(__file__).parent
 OWN = {k: import_module(f"tests.objectives.test_{k}") for k in registry.kinds() if (HERE / f"test_{k}.py").exists()}
@@ -100,7 +99,7 @@ def test_matching_views_are_worth_less_than_mismatched_ones(config):
 @config_and_some_k
 def test_order_of_samples_does_not_matter(config, k):
     whole = table(k)
-    shuffled = rows_of(whole, torch.randperm(ROWS, generator=torch.Generator().manual_seed(4)))
+    shuffled = whole.rows(torch.randperm(ROWS, generator=torch.Generator().manual_seed(4)))
     torch.testing.assert_close(value(config, shuffled).total, value(config, whole).total, rtol=1e-5, atol=1e-6)
 
 
@@ -119,7 +118,7 @@ def test_what_an_absent_view_holds_does_not_matter(config, k):
 @config_and_some_k
 def test_rows_absent_in_every_view_count_nowhere(config, k):
     whole = table(k)
-    longer = padded(whole, ROWS + 5)
+    longer = whole.pad(ROWS + 5)
     torch.testing.assert_close(value(config, longer).total, value(config, whole).total, rtol=1e-6, atol=1e-6)
 
 
@@ -131,7 +130,7 @@ def extremes(k: int) -> dict[str, Embeddings]:
         "one id": whole._replace(ids=torch.full((ROWS,), -5)),
         "view missing": whole._replace(present=whole.present | {names(k)[-1]: nobody}),
         "all missing": whole._replace(present=dict.fromkeys(names(k), nobody)),
-        "one row": rows_of(whole, slice(1, 2)),
+        "one row": whole.rows(slice(1, 2)),
         "opposite": whole._replace(z={v: whole.z[names(k)[0]] * (-1) ** i for i, v in enumerate(names(k))}),
     }
 

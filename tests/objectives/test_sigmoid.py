@@ -17,7 +17,7 @@ from tests.objectives.checks import (
     floats,
     orthonormal,
 )
-from tests.tables import leaves, rows_of, table
+from tests.tables import leaves, table
 
 VARIANTS = [{"per_pair": True, "scale": 4.0, "bias": -2.0}]
 CONFIGS = [{"kind": "sigmoid"}, *({"kind": "sigmoid", **more} for more in VARIANTS)]
@@ -97,7 +97,7 @@ def test_perfect_alignment_is_finite_and_falls_with_the_scale(k):
 
 def test_a_positive_in_another_row_is_found():
     # Sample 5 has view0 in one row and view1 in another, as when its views lie in different shards.
-    whole = rows_of(table(2, plain=True, dtype=torch.float64), slice(0, 4))
+    whole = table(2, plain=True, dtype=torch.float64).rows(slice(0, 4))
     present = {"view0": torch.tensor([True, True, False, True]), "view1": torch.tensor([True, False, True, False])}
     whole = whole._replace(ids=torch.tensor([9, 5, 5, 2]), present=present)
     found = floats(build({"kind": "sigmoid"}, 2)(whole, whole))["total"]

@@ -23,7 +23,7 @@ from tests.objectives.checks import (
     orthonormal,
 )
 from tests.objectives.towers import mean
-from tests.tables import ROWS, draw, ids_and_presence, leaves, names, part_of, rows_of, table
+from tests.tables import ROWS, draw, ids_and_presence, leaves, names, part_of, table
 
 CONFIG: dict[str, Any] = {"kind": "supcon", "temperature": {"init": 0.2}}
 VARIANTS = [{"temperature": {"init": 0.1, "learnable": False}}]
@@ -76,13 +76,13 @@ def test_one_id_is_one_class_also_where_a_row_lacks_the_label():
 
 
 def test_anchors_without_positives_are_left_out():
-    whole = rows_of(table(2, plain=True, dtype=torch.float64), slice(0, 3))
+    whole = table(2, plain=True, dtype=torch.float64).rows(slice(0, 3))
     whole = whole._replace(present=whole.present | {"view1": torch.tensor([True, False, False])})
     found = floats(build(CONFIG, 2)(whole, whole))
     assert found == pytest.approx(loop(whole, 0.2), rel=1e-6) and found["total"] > 0
     nothing = whole._replace(present=whole.present | {"view1": torch.zeros(3, dtype=torch.bool)})
     assert floats(build(CONFIG, 2)(nothing, nothing))["total"] == 0
-    alone = leaves(rows_of(nothing, slice(0, 1)))
+    alone = leaves(nothing.rows(slice(0, 1)))
     assert_finite(build(CONFIG, 2)(alone, alone), alone)
 
 

@@ -23,7 +23,7 @@ from tests.objectives.checks import (
     floats,
     orthonormal,
 )
-from tests.tables import ROWS, draw, leaves, names, rows_of, table
+from tests.tables import ROWS, draw, leaves, names, table
 
 VARIANTS = [{"negatives": "quadratic", "scale": {"init": 2.0, "per_dim": False}}]
 NEGATIVES = ["linear", "quadratic"]
@@ -77,7 +77,7 @@ def test_value_is_that_of_the_loop(k, negatives, plain):
 
 
 def test_four_views_take_every_combination_too():
-    objective, whole = symile(4, "quadratic", per_dim=False), rows_of(table(4, dtype=torch.float64), slice(1, 8))
+    objective, whole = symile(4, "quadratic", per_dim=False), table(4, dtype=torch.float64).rows(slice(1, 8))
     assert floats(objective(whole, whole))["total"] == pytest.approx(loop(objective, whole, 3.0)["total"], rel=1e-7)
 
 
@@ -114,7 +114,7 @@ def test_draws_are_permutations_that_change_with_the_step_the_view_and_the_ancho
 def test_draws_depend_on_ids_and_not_on_places():
     objective, whole = symile(3, "linear"), table(3)
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(5))
-    shuffled = rows_of(whole, order)
+    shuffled = whole.rows(order)
     for u in range(3):
         there, here = (_tuples.whole(t, names(3)) for t in (whole, shuffled))
         for a, b in zip(objective.orders(there, u), objective.orders(here, u)):

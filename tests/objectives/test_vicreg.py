@@ -20,7 +20,7 @@ from tests.objectives.checks import (
     floats,
     orthonormal,
 )
-from tests.tables import leaves, rows_of, table
+from tests.tables import leaves, table
 
 VARIANTS = [{"invariance": 5.0, "variance": 10.0, "covariance": 2.0, "deviation": 0.9}]
 
@@ -102,7 +102,7 @@ def test_perfect_alignment_and_collapse_are_finite():
 
 
 def test_a_view_with_one_row_has_no_spread():
-    whole = rows_of(table(2, plain=True, dtype=torch.float64), slice(0, 6))
+    whole = table(2, plain=True, dtype=torch.float64).rows(slice(6))
     few = whole._replace(present=whole.present | {"view1": torch.arange(6) == 3})
     parts, one = vicreg(2)(few, few).parts, vicreg(2)(whole._replace(z=dict.fromkeys(whole.z, whole.z["view0"])), whole)
     assert one.total.isfinite()

@@ -149,9 +149,8 @@ def scores(found: dict[str, float], probes: dict[str, dict[str, list[float]]]) -
 def objective_ms(recipe: Recipe, table: Table) -> float:
     """Loss and gradient of one batch of held-out rows, the median of a few."""
     objective = recipe.objective.for_dim(recipe.dim).build(list(recipe.views), SingleProcess())
-    some = slice(0, recipe.batch)
-    z = {v: x[some].clone().requires_grad_() for v, x in table.z.items()}
-    rows = Embeddings(z, table.ids[some], {v: p[some] for v, p in table.present.items()}, table.labels[some])
+    rows = Embeddings(table.z, table.ids, table.present, table.labels).rows(slice(recipe.batch))
+    rows = rows._replace(z={v: x.clone().requires_grad_() for v, x in rows.z.items()})
     times = []
     for _ in range(REPEATS + 1):
         begin = time.perf_counter()
