@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from mvpretrain.config import unknown
 from mvpretrain.data.loader import Stream, StreamConfig
 from mvpretrain.data.sources.shards import BadSample, ShardsConfig, Tars
 from mvpretrain.export.encoder import Exported, exported_views, load
-from mvpretrain.shards.pack import fresh_folder
+from mvpretrain.files import fresh_folder, whole_file
 from mvpretrain.types import Batch
 
 
@@ -160,7 +159,6 @@ def parquet(out: Path, dims: Mapping[str, int], count: int) -> Iterator[Put]:
         raise ValueError(f"{str(out)!r} needs pyarrow; pip install 'mvpretrain[parquet]'") from error
     lists = {name: pa.list_(pa.float32(), dim) for name, dim in dims.items()}
     schema = pa.schema([("key", pa.string()), ("id", pa.int64()), *lists.items()])
-    aside = out.with_name(f".{out.name}.{os.getpid()}.part")
 
     def put(rows: Rows) -> None:
         columns = [pa.array(rows.keys), pa.array(rows.ids)]
@@ -169,13 +167,8 @@ def parquet(out: Path, dims: Mapping[str, int], count: int) -> Iterator[Put]:
             columns.append(pa.FixedSizeListArray.from_arrays(flat, dim, mask=pa.array(~rows.present[name])))
         writer.write_batch(pa.record_batch(columns, schema=schema))
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with pq.ParquetWriter(aside, schema) as writer:
-            yield put
-        aside.replace(out)
-    finally:
-        aside.unlink(missing_ok=True)
+    with whole_file(out) as part, pq.ParquetWriter(part, schema) as writer:
+        yield put
 
 
 def report(count: int, exports: Mapping[str, Exported], bad: Counter[str], out: Path) -> None:

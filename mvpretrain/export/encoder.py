@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from mvpretrain import views
 from mvpretrain.config import unknown
+from mvpretrain.files import check_format
 from mvpretrain.model.heads import unit
 from mvpretrain.model.tower import Tower, TowerConfig
 from mvpretrain.types import Encoder, Transform, View
 from mvpretrain.views import ViewConfig
 
-FORMAT = 1  # of the folder; a reader refuses others
 HERE = "{folder}"  # stands in config.json for the folder that holds it
 
 
@@ -82,10 +82,7 @@ def load(folder: str | Path, view: str | None = None) -> Exported:
         raise ValueError(f"{str(folder)!r}: {unknown('view', view, known)}")
     place = known[view or next(iter(known))]
     config = json.loads((place / "config.json").read_text())
-    if config["format"] != FORMAT:
-        raise ValueError(
-            f"{str(place)!r} has format {config['format']}, this version reads {FORMAT}; install a newer one"
-        )
+    check_format("export", config["format"], place)
     config = put(config, HERE, str(place.absolute()))
     tower = TowerConfig.model_validate(config["tower"])
     preprocessing = views.registry.parse(config["preprocessing"])

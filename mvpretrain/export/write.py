@@ -14,12 +14,12 @@ from torch import Tensor
 
 from mvpretrain.config import unknown
 from mvpretrain.distributed.collectives import SingleProcess
-from mvpretrain.export.encoder import FORMAT, HERE, Exported, load, put
+from mvpretrain.export.encoder import HERE, Exported, load, put
+from mvpretrain.files import FORMATS, fresh_folder
 from mvpretrain.model.task import Task
 from mvpretrain.model.tower import Tower, TowerConfig
 from mvpretrain.recipe import Recipe
 from mvpretrain.recipe import load as load_recipe
-from mvpretrain.shards.pack import fresh_folder
 from mvpretrain.training.checkpoint import find
 from mvpretrain.types import Batch, Transform, View
 from mvpretrain.views import ViewConfig
@@ -74,7 +74,7 @@ def write_view(folder: Path, name: str, recipe: Recipe, task: Task) -> None:
     portable = tower.config.encoder.portable(tower.encoder)
     settings = TowerConfig.model_validate({"encoder": portable, "head": tower.config.head})
     config = {
-        "format": FORMAT,
+        "format": FORMATS["export"],
         "view": name,
         "dim": recipe.dim,
         "heads": tower.heads,

@@ -21,6 +21,7 @@ from mvpretrain.evaluation._collect import Table, joined, kept
 from mvpretrain.evaluation.probes import knn, linear
 from mvpretrain.evaluation.retrieval import retrieval
 from mvpretrain.export.encoder import Exported, exported_views, load
+from mvpretrain.files import whole_file, write_text
 from mvpretrain.model.heads import unit
 from mvpretrain.model.tower import Tower
 from mvpretrain.recipe import Recipe
@@ -65,10 +66,10 @@ def evaluate_export(folder: str | Path, run: str | Path | None = None, seed: int
 def write(folder: Path, report: Mapping[str, Any]) -> None:
     """The report as JSON, Markdown and a picture in `folder/report`, and as tables on the console."""
     place = folder / "report"
-    place.mkdir(exist_ok=True)
-    (place / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    (place / "report.md").write_text(drawing.markdown(folder.name, report))
-    drawing.figure(report).savefig(place / "report.png", dpi=120)
+    write_text(place / "report.json", json.dumps(report, indent=2) + "\n")
+    write_text(place / "report.md", drawing.markdown(folder.name, report))
+    with whole_file(place / "report.png") as part:
+        drawing.figure(report).savefig(part, format="png", dpi=120)
     console = Console()
     for table in drawing.tables(report):
         console.print(table)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
 from itertools import groupby
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from mvpretrain.files import FORMATS, check_format, whole_file, write_text
 from mvpretrain.shards.headers import check_fields, read, refuse_foreign
 from mvpretrain.shards.urls import expand, is_remote, local_copy
 
@@ -104,14 +106,20 @@ class Index:
         path = Path(path).absolute()
         unique = bool(self.unique or len(np.unique(self.table[:, ID])) == len(self))
         shards = [s._asdict() | {"url": relative(s.url, path.parent)} for s in self.shards]
-        content = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shards}
+        content = {
+            "__kind__": "wids-shard-index-v1",
+            "wids_version": 1,
+            "format": FORMATS["index"],
+            "shardlist": shards,
+        }
         extra = {"fields": self.fields, "unique_keys": unique, "problems": [list(p) for p in self.problems]}
-        replace(members_of(path), lambda file: np.save(file, self.table))
-        replace(path, lambda file: file.write(json.dumps(content | extra, indent=1).encode()))
+        with whole_file(members_of(path)) as part, part.open("wb") as file:
+            np.save(file, self.table)
+        write_text(path, json.dumps(content | extra, indent=1))
 
     @classmethod
     def load(cls, path: str | Path, cache: Path | None = None) -> Index:
-        """A written index; an index of `wids`, which has no member table, is completed by reading headers.
+        """A written index; one of another format, or of `wids`, which has no member table, is read from the tars anew.
 
         ValueError: no index, or one that no longer fits the shards (missing, or another size).
         """
@@ -123,6 +131,11 @@ class Index:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{str(path)!r} is no shard index: {type(error).__name__}: {error}; {REMEDY}") from error
         if not members_of(path).exists() or "fields" not in content:
+            return cls.scan(urls, cache)
+        try:
+            check_format("index", content.get("format"), path)
+        except ValueError as error:
+            warnings.warn(f"{error}; until then its shards are read anew", stacklevel=2)
             return cls.scan(urls, cache)
         shards = [Shard(url, e["nsamples"], e["filesize"], e["fields"]) for url, e in zip(urls, entries)]
         for shard in shards:
@@ -229,11 +242,3 @@ def members_of(path: Path) -> Path:
 
 def relative(url: str, folder: Path) -> str:
     return os.path.relpath(url, folder) if not is_remote(url) and Path(url).is_relative_to(folder) else url
-
-
-def replace(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file under another name and move it into place, so that no reader ever finds half of it."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        write(file)
-    os.replace(partial, path)

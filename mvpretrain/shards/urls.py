@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from contextlib import closing
 from hashlib import blake2b
 from pathlib import Path
-from uuid import uuid4
 
 from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
+
+from mvpretrain.files import whole_file
 
 ATTEMPTS = 3
 PAUSE = 2.0  # seconds before the second attempt; the next waits twice as long
@@ -99,15 +100,13 @@ def local_copy(url: str, cache: str | Path | None, filesize: int | None = None) 
 def fetch(url: str, path: Path) -> None:
     """Copy what is at a url to a path that appears only when it is whole."""
     source = f"pipe:aws s3 cp {shlex.quote(url)} -" if url.startswith("s3:") else url
-    partial = path.with_suffix(f".{uuid4().hex}.partial")
-    for attempt in range(ATTEMPTS):
-        try:
-            with closing(gopen(source)) as stream, partial.open("wb") as file:
-                shutil.copyfileobj(stream, file, 1 << 20)
-            break
-        except Exception as error:  # gopen's schemes raise what their libraries raise
-            partial.unlink(missing_ok=True)
-            if attempt == ATTEMPTS - 1:
-                raise ValueError(f"the shard {url!r} cannot be fetched: {error}; try the url by hand") from error
-            time.sleep(PAUSE * 2**attempt)
-    os.replace(partial, path)
+    with whole_file(path) as part:
+        for attempt in range(ATTEMPTS):
+            try:
+                with closing(gopen(source)) as stream, part.open("wb") as file:
+                    shutil.copyfileobj(stream, file, 1 << 20)
+                break
+            except Exception as error:  # gopen's schemes raise what their libraries raise
+                if attempt == ATTEMPTS - 1:
+                    raise ValueError(f"the shard {url!r} cannot be fetched: {error}; try the url by hand") from error
+                time.sleep(PAUSE * 2**attempt)

@@ -22,6 +22,7 @@ from mvpretrain.engine import Engine, Step, World, encoding, resolve, start, wra
 from mvpretrain.engine.optimizer import build_optimizer
 from mvpretrain.engine.schedule import set_rate
 from mvpretrain.evaluation.suite import evaluate
+from mvpretrain.files import write_text
 from mvpretrain.loggers.metrics import MetricsLogger
 from mvpretrain.model.phase_timer import PhaseTimer
 from mvpretrain.model.task import Task
@@ -57,8 +58,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     _seed(recipe.seed + 1 + world.rank)  # ranks draw apart; those that a checkpoint knows go on with what they had
     place = resumed(found, engine) if found else TrainState(0, stream.start(), {}, {})
     if world.rank == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "recipe.yaml").write_text(recipe.dump())
+        write_text(run / "recipe.yaml", recipe.dump())
     log = MetricsLogger(run, recipe.log, recipe.model_dump(), steps, place.step, active=world.rank == 0)
     log.say(f"# {world.kind} on {world.size} process(es), {world.device.type}, {world.precision}\n{recipe.dump()}")
     for damage in describe_damages(stream):

@@ -157,7 +157,7 @@ def test_mistakes_are_refused_and_leave_nothing(run, tmp_path):
         load(tmp_path / "nowhere")
     config = json.loads((out / "left/config.json").read_text())
     (out / "left/config.json").write_text(json.dumps({**config, "format": 9}))
-    with pytest.raises(ValueError, match="has format 9, this version reads 1"):
+    with pytest.raises(ValueError, match="is of export format 9, this version reads 1; a later version"):
         load(out, "left")
 
 

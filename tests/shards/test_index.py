@@ -13,6 +13,7 @@ import pytest
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 from webdataset.writer import TarWriter
 
+from mvpretrain import files
 from mvpretrain.shards import index as index_module
 from mvpretrain.shards.headers import key_and_field, number
 from mvpretrain.shards.index import HEAD, ID, SHARD, Index
@@ -212,6 +213,15 @@ def test_stale_and_foreign_indices_are_refused(tmp_path: Path) -> None:
     for name in ("other", "none"):
         with pytest.raises(ValueError, match=f"{name}.json' is no shard index"):
             Index.load(tmp_path / f"{name}.json")
+
+
+def test_an_index_of_another_format_is_read_from_the_tars_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = write_shards(tmp_path, samples_of(9), 3)
+    Index.scan(paths).save(tmp_path / "index.json")
+    monkeypatch.setitem(files.FORMATS, "index", 2)
+    for urls in (paths, str(tmp_path / "index.json")):
+        with pytest.warns(UserWarning, match=r"index\.json' is of index format 1, .* its shards are read anew"):
+            assert contents(Index.find(urls)) == plain(samples_of(9))
 
 
 def test_an_index_of_wids_is_completed(tmp_path: Path) -> None:
