@@ -47,6 +47,7 @@ def embed(
     limit: int | None = None,
     workers: int = 2,
     cache: Path | None = None,
+    trust: bool = False,
 ) -> Embedded:
     """Embed the samples of shards in their order, or the first `limit`.
 
@@ -62,7 +63,7 @@ def embed(
         raise ValueError(f"batch={batch} limit={limit}: both are at least 1; leave limit out to embed everything")
     if out.exists():
         raise ValueError(f"{str(out)!r} exists; give another path, or remove it first")
-    exports = chosen(Path(export_folder), views)
+    exports = chosen(Path(export_folder), views, trust)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for exported in exports.values():
         exported.to(device)
@@ -81,12 +82,12 @@ def embed(
     return Embedded(count, dict(bad))
 
 
-def chosen(folder: Path, views: Sequence[str] | None) -> dict[str, Exported]:
+def chosen(folder: Path, views: Sequence[str] | None, trust: bool) -> dict[str, Exported]:
     known = exported_views(folder)
     for name in views or ():
         if name not in known:
             raise ValueError(f"{str(folder)!r}: {unknown('view', name, known)}")
-    exports = {name: load(folder, name) for name in views or known}
+    exports = {name: load(folder, name, trust) for name in views or known}
     taken = {"id", "ids", "key", *(f"present_{name}" for name in exports)}.intersection(exports)
     if taken:
         raise ValueError(f"view {min(taken)!r} has the name of a file or column that is written beside it; rename it")

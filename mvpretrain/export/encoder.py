@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,10 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mvpretrain import views
-from mvpretrain.config import unknown
+from mvpretrain.config import check_name, unknown
 from mvpretrain.files import check_format
 from mvpretrain.model.heads import unit
 from mvpretrain.model.tower import Tower, TowerConfig
+from mvpretrain.registry import untrusted
 from mvpretrain.types import Encoder, Transform, View
 from mvpretrain.views import ViewConfig
 
@@ -69,10 +71,11 @@ class Exported(nn.Module):
         return self.transform(value.read_bytes() if isinstance(value, Path) else value)
 
 
-def load(folder: str | Path, view: str | None = None) -> Exported:
+def load(folder: str | Path, view: str | None = None, trust: bool = False) -> Exported:
     """A view of an export, in evaluation mode on the CPU; `view` may be left out where the folder holds one.
 
-    ValueError: no export there, no such view, or a format of a later version.
+    Runs no code that the folder names, unless `trust` says that it may. ValueError: no export there, no such view,
+    another format, or a class outside of this package that is not trusted.
     """
     folder = Path(folder)
     known = exported_views(folder)
@@ -84,8 +87,9 @@ def load(folder: str | Path, view: str | None = None) -> Exported:
     config = json.loads((place / "config.json").read_text())
     check_format("export", config["format"], place)
     config = put(config, HERE, str(place.absolute()))
-    tower = TowerConfig.model_validate(config["tower"])
-    preprocessing = views.registry.parse(config["preprocessing"])
+    with nullcontext() if trust else untrusted():
+        tower = TowerConfig.model_validate(config["tower"])
+        preprocessing = views.registry.parse(config["preprocessing"])
     heads = config.get("heads", 1)  # exports from before there were several say nothing
     exported = Exported(config["view"], preprocessing, tower, config["dim"], heads)
     exported.tower.load_state_dict(load_file(place / "model.safetensors"))
@@ -101,7 +105,12 @@ def exported_views(folder: str | Path) -> dict[str, Path]:
             f"{str(folder)!r} is no export: it holds no config.json and no folder with one; "
             "write one with `mvpretrain export RUN OUT`"
         )
-    return {json.loads((place / "config.json").read_text())["view"]: place for place in places}
+    found = {}
+    for place in places:
+        name = json.loads((place / "config.json").read_text()).get("view")
+        check_name(f"{str(place / 'config.json')!r} is of no view of an export: view", name)
+        found[name] = place
+    return found
 
 
 def put(value: Any, old: str, new: str) -> Any:

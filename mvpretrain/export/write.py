@@ -28,7 +28,13 @@ TOLERANCE = 1e-5  # of a coordinate of a unit row, run against export
 ROWS, LATENT = 8, 16  # of the inputs that are compared
 
 
-def export_run(run: str | Path, out: str | Path, views: Sequence[str] | None = None, checkpoint: str = "last") -> Path:
+def export_run(
+    run: str | Path,
+    out: str | Path,
+    views: Sequence[str] | None = None,
+    checkpoint: str = "last",
+    trust: bool = False,
+) -> Path:
     """Write `out/<view>/{model.safetensors, config.json}`, a card and the recipe; returns `out`.
 
     `views` are all of the run's by default; `checkpoint` is `last`, `best` or a step's number. Every view is read back
@@ -36,7 +42,7 @@ def export_run(run: str | Path, out: str | Path, views: Sequence[str] | None = N
     ValueError: no such run, checkpoint or view, `out` exists, or the embeddings differ.
     """
     run, out = Path(run), Path(out)
-    recipe, place = load_recipe(run), find(run, str(checkpoint))
+    recipe, place = load_recipe(run, trust=trust), find(run, str(checkpoint))
     chosen = list(views or recipe.views)
     for name in chosen:
         if name not in recipe.views:
@@ -99,7 +105,7 @@ def compare(folder: Path, views: Sequence[str], recipe: Recipe, task: Task) -> d
     wanted = task.encode(batch).z
     differences = {}
     for name in views:
-        found = again(load(folder, name), raw[name])
+        found = again(load(folder, name, recipe.trusted), raw[name])
         differences[name] = difference = float((found - wanted[name]).abs().max())
         if not difference <= TOLERANCE:
             raise ValueError(

@@ -35,7 +35,9 @@ RAW_TOKENS = 2048  # raw text is counted token by token, ids modulo this
 KINDS = ("trained", "untrained", "raw")
 
 
-def evaluate_export(folder: str | Path, run: str | Path | None = None, seed: int = 0) -> dict[str, Any]:
+def evaluate_export(
+    folder: str | Path, run: str | Path | None = None, seed: int = 0, trust: bool = False
+) -> dict[str, Any]:
     """Measure an export on the data that its recipe names; prints tables, writes `folder/report/report.{json,md,png}`.
 
     Retrieval of every ordered pair on `data.eval`. Where the data has labels: linear probe and kNN on each encoder's
@@ -44,8 +46,8 @@ def evaluate_export(folder: str | Path, run: str | Path | None = None, seed: int
     its speed (default: where the recipe says it was, if it is still there). ValueError: no export, or no data.
     """
     folder = Path(folder)
-    exports = {name: load(folder, name) for name in exported_views(folder)}
-    recipe = load_recipe(folder)
+    exports = {name: load(folder, name, trust) for name in exported_views(folder)}
+    recipe = load_recipe(folder, trust=trust)
     test = read(recipe, "eval", exports, seed, recipe.evaluation.limit)
     if test is None:
         raise ValueError("the export's recipe names no data.eval; there is nothing to evaluate on")
