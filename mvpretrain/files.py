@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -31,9 +32,10 @@ def check_format(noun: str, found: int | None, where: Path) -> None:
 def whole_file(path: Path) -> Iterator[Path]:
     """A path aside to write to, whose file becomes `path` when the block ends well and vanishes when it does not.
 
-    Folders above are made. What was at `path` before stays readable until it is replaced.
+    What was at `path` before stays readable until it is replaced. FileNotFoundError: the folder above is not there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     part = aside(path)
     try:
         yield part

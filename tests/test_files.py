@@ -11,7 +11,7 @@ from mvpretrain import files
 
 
 def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path: Path) -> None:
-    path = tmp_path / "deep/a.txt"
+    path = tmp_path / "a.txt"
     files.write_text(path, "old")
     with pytest.raises(RuntimeError, match="disk full"), files.whole_file(path) as part:
         part.write_text("ha")

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 import mvpretrain
-from mvpretrain import encoders, recipe
+from mvpretrain import cli, encoders, engine, recipe
 from mvpretrain.export.embed import embed
 from mvpretrain.export.encoder import load
 from mvpretrain.export.write import export_run
@@ -127,6 +127,34 @@ def test_the_recipe_file_that_is_typed_may_name_one(tmp_path: Path, marks: Marks
     placed(value, "encoder")
     path.write_text(json.dumps(value))
     assert mvpretrain.load_recipe(path).trusted and marks.file.exists()
+
+
+@pytest.mark.parametrize(
+    "words", ["train run", "train run --resume", "train run --dry-run", "bench run", "export run out", "shards check x"]
+)
+def test_commands_on_a_folder_name_no_class(
+    words: str, tmp_path: Path, marks: Marks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path)
+    edited(run / "recipe.yaml", lambda value: placed(value, "encoder"))
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert typed(monkeypatch, *words.split(), *(["--recipe", "run"] if "check" in words else [])) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("mvpretrain: ") and "'outside:Any'" in said and "--trust" in said and said.count("\n") == 1
+    assert typed(monkeypatch, "recipe", "show", "run") == 0 and "outside:Any" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+    typed(monkeypatch, *words.split(), "--trust", *(["--recipe", "run"] if "check" in words else []))
+    assert marks.file.exists()
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """The exit code of `mvpretrain WORDS` in this process."""
+    monkeypatch.setattr(engine, "shutdown", sys.exit)  # the real one ends the process without pytest's leave
+    monkeypatch.setattr(sys, "argv", ["mvpretrain", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
 
 
 @pytest.mark.parametrize("part", ["preprocessing", "tower"])

@@ -168,6 +168,7 @@ def parquet(out: Path, dims: Mapping[str, int], count: int) -> Iterator[Put]:
             columns.append(pa.FixedSizeListArray.from_arrays(flat, dim, mask=pa.array(~rows.present[name])))
         writer.write_batch(pa.record_batch(columns, schema=schema))
 
+    out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as part, pq.ParquetWriter(part, schema) as writer:
         yield put
 

@@ -68,6 +68,7 @@ def evaluate_export(
 def write(folder: Path, report: Mapping[str, Any]) -> None:
     """The report as JSON, Markdown and a picture in `folder/report`, and as tables on the console."""
     place = folder / "report"
+    place.mkdir(exist_ok=True)
     write_text(place / "report.json", json.dumps(report, indent=2) + "\n")
     write_text(place / "report.md", drawing.markdown(folder.name, report))
     with whole_file(place / "report.png") as part:

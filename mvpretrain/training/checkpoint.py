@@ -122,6 +122,7 @@ def note_best(run: Path, step: int, metric: str, value: float, collectives: Coll
         better = record is None or value > record["value"]
     better = bool(collectives.largest(int(better)))
     if better and collectives.rank == 0:
+        folder(run).mkdir(parents=True, exist_ok=True)
         content = {"checkpoint": f"step-{step:08d}", "metric": metric, "value": value}
         write_text(folder(run) / "best.json", json.dumps(content))
     return better

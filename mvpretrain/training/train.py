@@ -58,6 +58,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     _seed(recipe.seed + 1 + world.rank)  # ranks draw apart; those that a checkpoint knows go on with what they had
     place = resumed(found, engine) if found else TrainState(0, stream.start(), {}, {})
     if world.rank == 0:
+        run.mkdir(parents=True, exist_ok=True)
         write_text(run / "recipe.yaml", recipe.dump())
     log = MetricsLogger(run, recipe.log, recipe.model_dump(), steps, place.step, active=world.rank == 0)
     log.say(f"# {world.kind} on {world.size} process(es), {world.device.type}, {world.precision}\n{recipe.dump()}")

@@ -239,7 +239,7 @@ def test_the_index_beside_the_shards_is_used(tmp_path: Path, monkeypatch: pytest
     index.save(tmp_path / "a" / "index.json")
     read: list[str] = []
     scan_shard = index_module.scan_shard
-    monkeypatch.setattr(index_module, "scan_shard", lambda url, path: read.append(url) or scan_shard(url, path))
+    monkeypatch.setattr(index_module, "scan_shard", lambda url, *how: read.append(url) or scan_shard(url, *how))
     assert isinstance(Index.find(str(tmp_path / "a")).table, np.memmap) and not read
     assert contents(Index.find(paths[1:])) == plain(samples_of(9)[3:]) and not read
     assert (Index.find([*paths, *others]).table[:9, ID] == index.table[:, ID]).all() and read == others
