@@ -28,7 +28,7 @@ from mvpretrain.model.task import Task
 from mvpretrain.model.teacher import TeacherConfig
 from mvpretrain.model.tower import TowerConfig
 from mvpretrain.objectives import ObjectiveConfig
-from mvpretrain.registry import Registry, search_in, untrusted
+from mvpretrain.registry import Registry, search_in, trusting
 from mvpretrain.views import ViewConfig
 
 
@@ -144,12 +144,12 @@ def load(path: str | Path, overrides: Sequence[str] = (), trust: bool = False) -
     value = read(path)
     for override in overrides:
         _override(value, override)
-    if trust or not path.is_dir():
+    trusted = trust or not path.is_dir()
+    if trusted:
         search_in(path if path.is_dir() else path.parent)
-        return parse(value)
-    with untrusted():
+    with trusting(trusted):
         recipe = parse(value)
-    recipe._trusted = False
+    recipe._trusted = trusted
     return recipe
 
 

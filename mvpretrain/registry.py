@@ -2,7 +2,7 @@
 
 Some settings run code: those that name a class outside of this package, a shell command in place of a url, or options
 of a library that imports what they name. A value that code passes is trusted. A recipe or export that is read from a
-folder is not, unless the user says so: within `untrusted()` such settings are refused in a sentence.
+folder is not, unless the user says so: within `trusting(False)` such settings are refused in a sentence.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _trust: ContextVar[Literal["full", "none", "as written"]] = ContextVar("trust", 
 
 
 @contextmanager
-def untrusted() -> Iterator[None]:
-    """Within the block, settings that run code outside of this package are refused by `refuse_untrusted`.
+def trusting(trust: bool) -> Iterator[None]:
+    """Within the block, settings that run code from outside of this package are refused unless `trust`.
 
-    Within `externals_as_written`, where none is run, nothing changes.
+    Within `externals_as_written`, where none is run, and within an outer block, nothing changes.
     """
-    token = _trust.set("as written" if _trust.get() == "as written" else "none")
+    token = _trust.set("none" if not trust and _trust.get() == "full" else _trust.get())
     try:
         yield
     finally:

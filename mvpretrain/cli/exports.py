@@ -19,12 +19,13 @@ def export(
     out: Annotated[Path, typer.Argument(help="the folder to write, which must not exist")],
     view: ViewNames = None,
     checkpoint: Annotated[str, typer.Option(help="last, best, or a step")] = "last",
+    format: Annotated[str, typer.Option(help="a kind of mvpretrain/export/formats, or package.module:Class")] = "own",
     trust: Trust = False,
 ) -> None:
-    """Write each view's encoder as safetensors + JSON, and prove that what was written gives the same embeddings."""
+    """Write each view's encoder to a folder that stands alone, and prove that it gives the run's embeddings."""
     from mvpretrain.export.write import export_run
 
-    export_run(run, out, view, checkpoint, trust=trust)
+    export_run(run, out, view, checkpoint, format, trust)
     print_text(f"exported, equal to the run: {out}")
 
 
