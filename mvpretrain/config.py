@@ -1,4 +1,4 @@
-"""Frozen settings, and the registries: folders in which every file is one `kind`."""
+"""Frozen settings, and sentences about keys and names that they do not know."""
 
 from __future__ import annotations
 
@@ -23,6 +23,13 @@ class Config(BaseModel):
                 if key not in known:
                     raise ValueError(unknown("key", str(key), known))
         return value
+
+
+def check_name(noun: str, name: Any) -> None:
+    """ValueError unless `name` can be the name of a file or folder, which it becomes, in whatever folder it is put."""
+    good = isinstance(name, str) and name and name.isprintable() and not name.startswith(".")
+    if not good or "/" in name or "\\" in name:
+        raise ValueError(f"{noun} {name!r} is no name: give it one without slashes and dots in front")
 
 
 def unknown(noun: str, value: str, known: Iterable[str]) -> str:

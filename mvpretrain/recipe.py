@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import torch
 import yaml
-from pydantic import Field, SerializeAsAny, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, SerializeAsAny, TypeAdapter, ValidationError, model_validator
 from pydantic.json_schema import CoreRef, GenerateJsonSchema
 
 from mvpretrain import objectives, views
-from mvpretrain.config import Config, sentences, unknown
+from mvpretrain.config import Config, check_name, sentences, unknown
 from mvpretrain.data.build import Split, build_stream
 from mvpretrain.data.loader import Stream, StreamConfig
 from mvpretrain.data.sources.shards import ShardsConfig
@@ -28,7 +28,7 @@ from mvpretrain.model.task import Task
 from mvpretrain.model.teacher import TeacherConfig
 from mvpretrain.model.tower import TowerConfig
 from mvpretrain.objectives import ObjectiveConfig
-from mvpretrain.registry import Registry
+from mvpretrain.registry import Registry, search_in, trusting
 from mvpretrain.views import ViewConfig
 
 
@@ -66,6 +66,7 @@ class Recipe(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     max_nonfinite: int = Field(default=10, ge=0)  # steps with a non-finite loss or gradient in a row that are skipped
+    _trusted: bool = PrivateAttr(default=True)
 
     @model_validator(mode="after")
     def _cross_check(self) -> Recipe:
@@ -74,6 +75,7 @@ class Recipe(Config):
         if len(self.views) < 2:
             raise ValueError(f"contrastive learning needs two views or more, got {list(self.views)}")
         for name, view in self.views.items():
+            check_name("view", name)
             tower = view.tower or name
             if tower not in self.towers:
                 raise ValueError(
@@ -96,6 +98,11 @@ class Recipe(Config):
         if self.engine.ranks and self.batch % self.engine.ranks:
             raise ValueError(f"batch={self.batch} does not divide over engine.ranks={self.engine.ranks}")
         return self
+
+    @property
+    def trusted(self) -> bool:
+        """Whether code that the recipe names may run: False for one that was read from a folder, unless trusted."""
+        return self._trusted
 
     def towers_of_views(self) -> dict[str, str]:
         """View name -> name of the tower that encodes it."""
@@ -125,16 +132,25 @@ class Recipe(Config):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=110)
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load(path: str | Path, overrides: Sequence[str] = (), trust: bool = False) -> Recipe:
     """A recipe from a YAML file (or a run folder), with `key.sub=value` overrides whose values are YAML.
 
-    The file may extend others: see `read`. ValueError, one line a problem: no such file, not YAML, unknown key, bad
-    value, or views, towers and objective that do not fit together.
+    The file may extend others: see `read`. A file is trusted: it may name classes outside of this package, which are
+    also looked for in its folder, and shell commands as urls. A folder may hold anyone's recipe, and may name them only
+    with `trust`. ValueError, one line a problem: no such file, not YAML, unknown key, bad value, what is not trusted,
+    or views, towers and objective that do not fit together.
     """
-    value = read(Path(path))
+    path = Path(path)
+    value = read(path)
     for override in overrides:
         _override(value, override)
-    return parse(value)
+    trusted = trust or not path.is_dir()
+    if trusted:
+        search_in(path if path.is_dir() else path.parent)
+    with trusting(trusted):
+        recipe = parse(value)
+    recipe._trusted = trusted
+    return recipe
 
 
 def read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:

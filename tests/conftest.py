@@ -11,6 +11,7 @@ from mvpretrain.distributed.pool import Pool
 from tests.ranks import check_shapes, pool_of
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: ranks and workers share few cores
+os.fsync = lambda fd: None  # waiting for the disk, 10 ms a file, shows nothing here
 check_shapes()
 
 

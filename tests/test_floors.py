@@ -27,7 +27,7 @@ HOUSE = (
 )
 FLOORS = {name: floor for floor, names in enumerate(HOUSE) for name in names.split()}
 # Their files are kinds, which know their room's front and its files with a leading underscore, and not one another.
-REGISTRIES = ("views", "encoders", "objectives", "data.sources", "loggers", "evaluation")
+REGISTRIES = ("views", "encoders", "objectives", "data.sources", "loggers", "evaluation", "export.formats")
 ROOMS = {
     "torch.distributed": ("mvpretrain.distributed", "mvpretrain.engine"),
     "accelerate": ("mvpretrain.engine",),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mvpretrain.cli.arguments import Exported, ViewNames
+from mvpretrain.cli.arguments import Exported, Trust, ViewNames
 from mvpretrain.cli.terminal import print_text
 
 app = typer.Typer()
@@ -19,20 +19,22 @@ def export(
     out: Annotated[Path, typer.Argument(help="the folder to write, which must not exist")],
     view: ViewNames = None,
     checkpoint: Annotated[str, typer.Option(help="last, best, or a step")] = "last",
+    format: Annotated[str, typer.Option(help="a kind of mvpretrain/export/formats, or package.module:Class")] = "own",
+    trust: Trust = False,
 ) -> None:
-    """Write each view's encoder as safetensors + JSON, and prove that what was written gives the same embeddings."""
+    """Write each view's encoder to a folder that stands alone, and prove that it gives the run's embeddings."""
     from mvpretrain.export.write import export_run
 
-    export_run(run, out, view, checkpoint)
+    export_run(run, out, view, checkpoint, format, trust)
     print_text(f"exported, equal to the run: {out}")
 
 
 @app.command()
-def evaluate(exported: Exported) -> None:
+def evaluate(exported: Exported, trust: Trust = False) -> None:
     """Retrieval between all views and probes of each encoder, against chance, untrained encoders and raw inputs."""
     from mvpretrain.report.evaluate import evaluate_export
 
-    evaluate_export(exported)
+    evaluate_export(exported, trust=trust)
 
 
 @app.command()
@@ -43,8 +45,9 @@ def embed(
     view: ViewNames = None,
     batch: int = 256,
     limit: int | None = None,
+    trust: Trust = False,
 ) -> None:
     """Embed shards with exported encoders; ids and keys are written along."""
     from mvpretrain.export.embed import embed
 
-    embed(exported, urls, out, view, batch, limit)
+    embed(exported, urls, out, view, batch, limit, trust=trust)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mvpretrain.cli.arguments import Memory, Overrides, RecipePath
+from mvpretrain.cli.arguments import Memory, Overrides, RecipePath, Trust
 from mvpretrain.cli.terminal import console, print_text
 
 app = typer.Typer()
@@ -23,11 +23,12 @@ def train(
     dry_run: Annotated[bool, typer.Option(help="say what the run would be and take in memory, then stop")] = False,
     memory: Memory = None,
     file: Annotated[Path | None, typer.Option("--json", help="a file for the dry run's memory figures")] = None,
+    trust: Trust = False,
 ) -> None:
     """Train: alone, or started by torchrun, accelerate launch or deepspeed."""
     from mvpretrain.recipe import load
 
-    settings = load(recipe, overrides or ())
+    settings = load(recipe, overrides or (), trust)
     if dry_run:
         from mvpretrain.profiling.dry_run import print_dry_run
         from mvpretrain.profiling.measure import parse_bytes
@@ -65,6 +66,7 @@ def bench(
     file: Annotated[Path | None, typer.Option("--json", help="a file for the figures")] = None,
     find_micro_batch: Annotated[bool, typer.Option(help="the largest engine.micro_batch that fits, by trial")] = False,
     memory: Memory = None,
+    trust: Trust = False,
 ) -> None:
     """Where the time and memory of a recipe's real steps go; under any launcher, as for `train`."""
     from mvpretrain.engine import shutdown
@@ -72,7 +74,7 @@ def bench(
     from mvpretrain.profiling.measure import parse_bytes
     from mvpretrain.recipe import load
 
-    settings = load(recipe, overrides or ())
+    settings = load(recipe, overrides or (), trust)
     if find_micro_batch:
         benchmark.find_micro_batch(settings, parse_bytes(memory) if memory else None, console)
         return None

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from mvpretrain.cli.arguments import Cache, Urls
+from mvpretrain.cli.arguments import Cache, Trust, Urls
 from mvpretrain.cli.terminal import console, print_text
 
 app = typer.Typer(help="Pack samples into WebDataset tars, index, check and look at them.", no_args_is_help=True)
@@ -60,6 +60,7 @@ def check(
     urls: Urls,
     recipe: Annotated[Path | None, typer.Option(help="decode as this recipe's views do, not by field ending")] = None,
     cache: Cache = None,
+    trust: Trust = False,
 ) -> None:
     """Decode every sample; exit code 1 when something is wrong."""
     from mvpretrain.shards.check import check
@@ -69,7 +70,7 @@ def check(
         from mvpretrain.data.build import build_transforms
         from mvpretrain.recipe import load
 
-        views = build_transforms(load(recipe).views, augmented=False)
+        views = build_transforms(load(recipe, trust=trust).views, augmented=False)
     report = check(urls, views, cache)
     for title, rows in (("not decodable", report.reasons), ("tars cut off", report.truncated)):
         for name, what in rows.items():

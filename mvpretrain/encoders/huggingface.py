@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -127,7 +128,8 @@ def _model(config: HuggingFaceConfig) -> Any:
         if folder is None:
             settings = transformers.AutoConfig.for_model(**(config.config or {}))
         else:
-            settings = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            settings = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        _refuse_kernels(settings)
         # Layers that are left out at random leave their parameters without gradient on some ranks: DDP would hang.
         for key in ("layerdrop", "encoder_layerdrop"):
             if getattr(settings, key, 0):
@@ -136,13 +138,23 @@ def _model(config: HuggingFaceConfig) -> Any:
             model = transformers.AutoModel.from_config(settings, dtype=torch.float32)
         else:
             options = {"config": settings, "local_files_only": True, "dtype": torch.float32}
-            model = transformers.AutoModel.from_pretrained(folder, **options)
-    except (OSError, ValueError) as error:
+            model = transformers.AutoModel.from_pretrained(
+                folder, **options, trust_remote_code=False, weights_only=True
+            )
+    except (OSError, ValueError, UnpicklingError) as error:
         where = config.folder or "config"
         raise ValueError(
             f"huggingface encoder: {where!r} gives no model: {' '.join(str(error).split())[:300]}"
         ) from error
     return model
+
+
+def _refuse_kernels(settings: Any) -> None:
+    """ValueError where settings name attention code of a hub, which the library would fetch and run."""
+    for part in (settings, *(getattr(settings, name, None) for name in getattr(settings, "sub_configs", ()))):
+        name = getattr(part, "_attn_implementation", None)
+        if isinstance(name, str) and "/" in name:
+            raise ValueError(f"its attention is {name!r}, code of a hub; nothing is fetched, take sdpa or eager")
 
 
 def _item(settings: Any, name: str) -> tuple[int | None, ...] | None:

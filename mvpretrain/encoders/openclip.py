@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from functools import partial
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 from jaxtyping import Float
@@ -175,7 +176,12 @@ def _load(whole: Any, tower: Any, config: OpenCLIPConfig) -> None:
     found = local_file(path, "openclip encoder, pretrained")
     if found.is_dir():
         raise ValueError(f"openclip encoder, pretrained: {path!r} is a folder; give the weights file in it")
-    state: Any = load_state_dict(str(found))
+    try:
+        state: Any = load_state_dict(str(found), weights_only=True)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"pretrained {path!r} holds more than weights: {' '.join(str(error).split())[:300]}"
+        ) from error
     if "positional_embedding" in state:
         state = convert_to_custom_text_state_dict(state)
     prefix = "visual." if config.modality == "image" else "text."

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 from jaxtyping import Float
-from pydantic import PositiveInt
+from pydantic import PositiveInt, field_validator
 from torch import Tensor, nn
 
 from mvpretrain.encoders import EncoderConfig, _layers, check_items, local_file, unknown_model
 from mvpretrain.types import View
+
+# Arguments of timm.create_model that name files and addresses of weights.
+LOADING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
 class TimmConfig(EncoderConfig):
@@ -25,6 +29,13 @@ class TimmConfig(EncoderConfig):
     image_size: PositiveInt | None = None
     channels: PositiveInt = 3
     options: dict[str, Any] = {}
+
+    @field_validator("options")
+    @classmethod
+    def _no_files(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in LOADING & value.keys():
+            raise ValueError(f"options.{key} would let timm read or fetch weights by itself; give a file as pretrained")
+        return value
 
     def build(self) -> Timm:
         return Timm(self)
@@ -89,8 +100,8 @@ def _load(model: nn.Module, config: TimmConfig) -> None:
     if found.is_dir():
         raise ValueError(f"timm encoder, pretrained: {path!r} is a folder; give the weights file in it")
     try:
-        keys = timm.models.load_checkpoint(model, str(found), strict=False)
-    except RuntimeError as error:
+        keys = timm.models.load_checkpoint(model, str(found), strict=False, weights_only=True)
+    except (RuntimeError, UnpicklingError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"pretrained {path!r} does not fit {config.model!r}: {reason}") from error
     if keys is None:  # a NumPy archive, whose loader checks for itself

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import nn
 
 from mvpretrain.config import Config, unknown
 from mvpretrain.model.task import Task
 from mvpretrain.model.tower import TowerConfig
-from mvpretrain.registry import import_path
+from mvpretrain.registry import import_path, refuse_untrusted
 
 
 class OptimizerConfig(Config):
@@ -26,6 +26,13 @@ class OptimizerConfig(Config):
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     options: dict[str, Any] = {}
+
+    @field_validator("kind")
+    @classmethod
+    def _trusted(cls, value: str) -> str:
+        if ":" in value:
+            refuse_untrusted(f"optimizer kind {value!r}")
+        return value
 
 
 def build_optimizer(task: Task, towers: Mapping[str, TowerConfig], config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mvpretrain.config import Config
+from mvpretrain.registry import refuse_untrusted
 
 
 class EngineConfig(Config):
@@ -36,6 +37,13 @@ class EngineConfig(Config):
     offload: bool = False
     threads: int | None = Field(default=None, ge=1)
     options: dict[str, Any] = {}  # merged into DeepSpeed's own configuration
+
+    @field_validator("options")
+    @classmethod
+    def _trusted(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if value:
+            refuse_untrusted(f"engine.options, with names such as {next(iter(value))!r} that DeepSpeed may import,")
+        return value
 
     @model_validator(mode="after")
     def _cross_check(self) -> EngineConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from mvpretrain.config import unknown
 from mvpretrain.data.loader import Stream, StreamConfig
 from mvpretrain.data.sources.shards import BadSample, ShardsConfig, Tars
 from mvpretrain.export.encoder import Exported, exported_views, load
-from mvpretrain.shards.pack import fresh_folder
+from mvpretrain.files import fresh_folder, whole_file
 from mvpretrain.types import Batch
 
 
@@ -48,6 +47,7 @@ def embed(
     limit: int | None = None,
     workers: int = 2,
     cache: Path | None = None,
+    trust: bool = False,
 ) -> Embedded:
     """Embed the samples of shards in their order, or the first `limit`.
 
@@ -63,7 +63,7 @@ def embed(
         raise ValueError(f"batch={batch} limit={limit}: both are at least 1; leave limit out to embed everything")
     if out.exists():
         raise ValueError(f"{str(out)!r} exists; give another path, or remove it first")
-    exports = chosen(Path(export_folder), views)
+    exports = chosen(Path(export_folder), views, trust)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for exported in exports.values():
         exported.to(device)
@@ -82,12 +82,12 @@ def embed(
     return Embedded(count, dict(bad))
 
 
-def chosen(folder: Path, views: Sequence[str] | None) -> dict[str, Exported]:
+def chosen(folder: Path, views: Sequence[str] | None, trust: bool) -> dict[str, Exported]:
     known = exported_views(folder)
     for name in views or ():
         if name not in known:
             raise ValueError(f"{str(folder)!r}: {unknown('view', name, known)}")
-    exports = {name: load(folder, name) for name in views or known}
+    exports = {name: load(folder, name, trust) for name in views or known}
     taken = {"id", "ids", "key", *(f"present_{name}" for name in exports)}.intersection(exports)
     if taken:
         raise ValueError(f"view {min(taken)!r} has the name of a file or column that is written beside it; rename it")
@@ -160,7 +160,6 @@ def parquet(out: Path, dims: Mapping[str, int], count: int) -> Iterator[Put]:
         raise ValueError(f"{str(out)!r} needs pyarrow; pip install 'mvpretrain[parquet]'") from error
     lists = {name: pa.list_(pa.float32(), dim) for name, dim in dims.items()}
     schema = pa.schema([("key", pa.string()), ("id", pa.int64()), *lists.items()])
-    aside = out.with_name(f".{out.name}.{os.getpid()}.part")
 
     def put(rows: Rows) -> None:
         columns = [pa.array(rows.keys), pa.array(rows.ids)]
@@ -170,12 +169,8 @@ def parquet(out: Path, dims: Mapping[str, int], count: int) -> Iterator[Put]:
         writer.write_batch(pa.record_batch(columns, schema=schema))
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with pq.ParquetWriter(aside, schema) as writer:
-            yield put
-        aside.replace(out)
-    finally:
-        aside.unlink(missing_ok=True)
+    with whole_file(out) as part, pq.ParquetWriter(part, schema) as writer:
+        yield put
 
 
 def report(count: int, exports: Mapping[str, Exported], bad: Counter[str], out: Path) -> None:

@@ -13,19 +13,21 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mvpretrain import views
-from mvpretrain.config import unknown
+from mvpretrain.config import check_name, unknown
+from mvpretrain.files import check_format
 from mvpretrain.model.tower import Tower, TowerConfig
+from mvpretrain.registry import trusting
 from mvpretrain.types import Encoder, Transform, View
 from mvpretrain.views import ViewConfig
 
-FORMAT = 1  # of the folder; a reader refuses others
-HERE = "{folder}"  # stands in config.json for the folder that holds it
+FOLDER = "{folder}"  # stands in config.json for the folder that holds it
 
 
 class Exported(nn.Module):
     """One view's encoder and head with its evaluation preprocessing.
 
-    `forward` and `features` are differentiable and follow `train()` and `eval()`; `embed` always evaluates.
+    `forward` and `features` are differentiable and follow `train()` and `eval()`; `embed` always evaluates. `dim` is
+    the width of an embedding, `width` that of the features.
     """
 
     def __init__(self, name: str, view: ViewConfig, tower: TowerConfig, dim: int, heads: int = 1):
@@ -45,7 +47,7 @@ class Exported(nn.Module):
 
     @torch.no_grad()
     def embed(self, values: Sequence[Any], batch: int = 256) -> Float[Tensor, "n d"]:
-        """Raw values to unit rows on the CPU, in their order.
+        """Raw values to unit rows on the CPU, in their order, `batch` at a time.
 
         A value is what the view's field holds: a file's bytes, or a `pathlib.Path` to one; a string for text; a PIL
         image; an array. ValueError: one value instead of a list, or a value that the view cannot read.
@@ -68,10 +70,11 @@ class Exported(nn.Module):
         return self.transform(value.read_bytes() if isinstance(value, Path) else value)
 
 
-def load(folder: str | Path, view: str | None = None) -> Exported:
+def load(folder: str | Path, view: str | None = None, trust: bool = False) -> Exported:
     """A view of an export, in evaluation mode on the CPU; `view` may be left out where the folder holds one.
 
-    ValueError: no export there, no such view, or a format of a later version.
+    Runs no code that the folder names, unless `trust` says that it may. ValueError: no export there, no such view,
+    another format, or a class outside of this package that is not trusted.
     """
     folder = Path(folder)
     known = exported_views(folder)
@@ -79,37 +82,44 @@ def load(folder: str | Path, view: str | None = None) -> Exported:
         raise ValueError(f"{str(folder)!r} holds the views {', '.join(known)}; say which one: load(folder, view=...)")
     if view is not None and view not in known:
         raise ValueError(f"{str(folder)!r}: {unknown('view', view, known)}")
-    place = known[view or next(iter(known))]
-    config = json.loads((place / "config.json").read_text())
-    if config["format"] != FORMAT:
-        raise ValueError(
-            f"{str(place)!r} has format {config['format']}, this version reads {FORMAT}; install a newer one"
-        )
-    config = put(config, HERE, str(place.absolute()))
-    tower = TowerConfig.model_validate(config["tower"])
-    preprocessing = views.registry.parse(config["preprocessing"])
+    source = known[view or next(iter(known))]
+    config = json.loads((source / "config.json").read_text())
+    check_format("export", config.get("format"), source)
+    config = replace_text(config, FOLDER, str(source.absolute()))
+    with trusting(trust):
+        tower = TowerConfig.model_validate(config["tower"])
+        preprocessing = views.registry.parse(config["preprocessing"])
     heads = config.get("heads", 1)  # exports from before there were several say nothing
     exported = Exported(config["view"], preprocessing, tower, config["dim"], heads)
-    exported.tower.load_state_dict(load_file(place / "model.safetensors"))
+    exported.tower.load_state_dict(load_file(source / "model.safetensors"))
     return exported.eval()
 
 
 def exported_views(folder: str | Path) -> dict[str, Path]:
-    """Folder of each view of an export, or of the one view whose folder this is. ValueError: it is none."""
+    """Folder of each view of an export, or of the one view whose folder this is.
+
+    ValueError: it is no export, or what it calls a view is no name.
+    """
     folder = Path(folder)
-    places = [folder] if (folder / "config.json").is_file() else sorted(p.parent for p in folder.glob("*/config.json"))
-    if not places:
+    alone = (folder / "config.json").is_file()
+    sources = [folder] if alone else sorted(path.parent for path in folder.glob("*/config.json"))
+    if not sources:
         raise ValueError(
             f"{str(folder)!r} is no export: it holds no config.json and no folder with one; "
             "write one with `mvpretrain export RUN OUT`"
         )
-    return {json.loads((place / "config.json").read_text())["view"]: place for place in places}
+    found = {}
+    for source in sources:
+        name = json.loads((source / "config.json").read_text()).get("view")
+        check_name(f"{str(source / 'config.json')!r} is of no view of an export: view", name)
+        found[name] = source
+    return found
 
 
-def put(value: Any, old: str, new: str) -> Any:
+def replace_text(value: Any, old: str, new: str) -> Any:
     """The same structure with `old` replaced by `new` in every string."""
     if isinstance(value, dict):
-        return {k: put(v, old, new) for k, v in value.items()}
+        return {k: replace_text(v, old, new) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [put(v, old, new) for v in value]
+        return [replace_text(v, old, new) for v in value]
     return value.replace(old, new) if isinstance(value, str) else value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from mvpretrain.distributed.collectives import Collectives, SingleProcess
 from mvpretrain.registry import External, Kind, Registry, build_external
@@ -36,6 +36,8 @@ class ObjectiveConfig(Kind):
 
 class ExternalObjective(ObjectiveConfig, External):
     """A user's own class, `forward(local, gathered) -> Losses`, by import path."""
+
+    context: ClassVar[tuple[str, ...]] = ("views", "collectives")
 
     def build(self, views: Sequence[str], collectives: Collectives) -> Objective:
         return build_external(self, views=views, collectives=collectives)

@@ -21,6 +21,7 @@ from mvpretrain.evaluation._collect import Table, joined, kept
 from mvpretrain.evaluation._probes import knn, linear
 from mvpretrain.evaluation.retrieval import retrieval
 from mvpretrain.export.encoder import Exported, exported_views, load
+from mvpretrain.files import whole_file, write_text
 from mvpretrain.model.tower import Tower
 from mvpretrain.recipe import Recipe
 from mvpretrain.recipe import load as load_recipe
@@ -33,7 +34,9 @@ RAW_TOKENS = 2048  # raw text is counted token by token, ids modulo this
 KINDS = ("trained", "untrained", "raw")
 
 
-def evaluate_export(folder: str | Path, run: str | Path | None = None, seed: int = 0) -> dict[str, Any]:
+def evaluate_export(
+    folder: str | Path, run: str | Path | None = None, seed: int = 0, trust: bool = False
+) -> dict[str, Any]:
     """Measure an export on the data that its recipe names; prints tables, writes `folder/report/report.{json,md,png}`.
 
     Retrieval of every ordered pair on `data.eval`. Where the data has labels: linear probe and kNN on each encoder's
@@ -42,8 +45,8 @@ def evaluate_export(folder: str | Path, run: str | Path | None = None, seed: int
     its speed (default: where the recipe says it was, if it is still there). ValueError: no export, or no data.
     """
     folder = Path(folder)
-    exports = {name: load(folder, name) for name in exported_views(folder)}
-    recipe = load_recipe(folder)
+    exports = {name: load(folder, name, trust) for name in exported_views(folder)}
+    recipe = load_recipe(folder, trust=trust)
     test = read(recipe, "eval", exports, seed, recipe.evaluation.limit)
     if test is None:
         raise ValueError("the export's recipe names no data.eval; there is nothing to evaluate on")
@@ -65,9 +68,10 @@ def write(folder: Path, report: Mapping[str, Any]) -> None:
     """The report as JSON, Markdown and a picture in `folder/report`, and as tables on the console."""
     place = folder / "report"
     place.mkdir(exist_ok=True)
-    (place / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    (place / "report.md").write_text(drawing.markdown(folder.name, report))
-    drawing.figure(report).savefig(place / "report.png", dpi=120)
+    write_text(place / "report.json", json.dumps(report, indent=2) + "\n")
+    write_text(place / "report.md", drawing.markdown(folder.name, report))
+    with whole_file(place / "report.png") as part:
+        drawing.figure(report).savefig(part, format="png", dpi=120)
     console = Console()
     for table in drawing.tables(report):
         console.print(table)

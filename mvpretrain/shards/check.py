@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from mvpretrain.shards.headers import read, refuse_foreign, text
-from mvpretrain.shards.urls import expand, local_copy
+from mvpretrain.shards.urls import expand, local_copy, spelled_commands
 
 Views = Mapping[str, tuple[str | Sequence[str], Callable[[Any], Any]]]
 
@@ -80,8 +80,9 @@ def check(
     first of "jpg;png" that a sample has goes through the transform, whose output must be finite. `ids` is the recipe's
     `data.ids`: whether equal keys are faults everywhere, nowhere, or within a shard. ValueError: no shard.
     """
+    check_one = partial(check_shard, views=views, cache=cache, commands=spelled_commands(urls))
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
-        parts = list(pool.map(partial(check_shard, views=views, cache=cache), expand(urls)))
+        parts = list(pool.map(check_one, expand(urls)))
     problems = [p for part in parts for p in part.problems]
     keys = Counter((part.url if ids == "shard" else "", key) for part in parts for key in part.keys)
     seen = sum((part.fields for part in parts), Counter[str]())
@@ -109,11 +110,11 @@ def two_of_each(problems: Sequence[Problem], kinds: Sequence[str]) -> list[Probl
     return shown
 
 
-def check_shard(url: str, views: Views | None, cache: Path | None) -> Part:
+def check_shard(url: str, views: Views | None, cache: Path | None, commands: Collection[str]) -> Part:
     """One shard, sample by sample, up to where its tar breaks off."""
     part = Part(url, [], set(), [], Counter(), Counter(), [])
     try:
-        for key, members in samples_of(url, cache, part.broken):
+        for key, members in samples_of(url, cache, commands, part.broken):
             found = of_views(members, views) if views else of_endings(members, part.unchecked)
             if found:
                 part.bad.add(len(part.keys))
@@ -125,9 +126,11 @@ def check_shard(url: str, views: Views | None, cache: Path | None) -> Part:
     return part
 
 
-def samples_of(url: str, cache: Path | None, broken: list[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
+def samples_of(
+    url: str, cache: Path | None, commands: Collection[str], broken: list[str]
+) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(key, raw fields) of a shard's samples; why the tar breaks off, where it does, is added to `broken`."""
-    with local_copy(url, cache).open("rb") as file:
+    with local_copy(url, cache, commands=commands).open("rb") as file:
         refuse_foreign(file.read(512), url)
         with mmap(file.fileno(), 0, access=ACCESS_READ) as tar:
             headers = read(tar, url)

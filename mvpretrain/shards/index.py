@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from hashlib import blake2b
 from itertools import groupby
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from mvpretrain.files import FORMATS, check_format, whole_file, write_text
 from mvpretrain.shards.headers import check_fields, read, refuse_foreign
-from mvpretrain.shards.urls import expand, is_remote, local_copy
+from mvpretrain.shards.urls import expand, is_remote, local_copy, spelled_commands
 
 SHARD, ID, HEAD, FIELDS = 0, 1, 2, 3  # columns of the member table; from FIELDS on, offset and size of each field
 REMEDY = "write the index anew with `mvpretrain shards index`"
@@ -38,7 +40,8 @@ class Index:
 
     `table` is int64, a row a sample: the shard's number, the 64-bit hash of the key, the byte where the sample's first
     header begins, then offset and size of each of `fields`, -1 where the sample lacks it. `problems` are damages that
-    were found; what lies before them is used. `unique` is True where all keys are known to differ.
+    were found; what lies before them is used. `unique` is True where all keys are known to differ. `commands` are those
+    of the urls that are shell commands and may be run (see `urls.spelled_commands`).
     """
 
     def __init__(
@@ -49,10 +52,11 @@ class Index:
         problems: Sequence[Problem] = (),
         unique: bool = False,
         file: Path | None = None,
+        commands: Collection[str] = (),
     ):
         assert table.shape == (sum(s.nsamples for s in shards), FIELDS + 2 * len(fields)), table.shape
         self.shards, self.fields, self.table = list(shards), list(fields), table
-        self.problems, self.unique, self.file = list(problems), unique, file
+        self.problems, self.unique, self.file, self.commands = list(problems), unique, file, frozenset(commands)
         self.starts = np.cumsum([0, *(s.nsamples for s in shards)])
 
     def __len__(self) -> int:
@@ -60,7 +64,7 @@ class Index:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker that is not forked maps the file again instead of being sent its contents.
-        return reopened, (self.shards, self.fields, self.file or self.table, self.problems, self.unique)
+        return reopened, (self.shards, self.fields, self.file or self.table, self.problems, self.unique, self.commands)
 
     def offset(self, field: str) -> int:
         """The table's column with the offset of a field; its size is in the next one."""
@@ -76,7 +80,7 @@ class Index:
             return cls.load(urls, cache)
         if not isinstance(urls, str) and any(url.endswith(".json") for url in urls):
             return concat([cls.find(url, cache) for url in urls])
-        parts = []
+        parts, commands = [], spelled_commands(urls)
         for folder, group in groupby(expand(urls), key=lambda url: None if is_remote(url) else Path(url).parent):
             shards = list(group)
             written = beside(folder) if folder else None
@@ -84,7 +88,7 @@ class Index:
             if written and all(url in numbers for url in shards):
                 parts.append(written.pick([numbers[url] for url in shards]))
             else:
-                parts += [scan_shard(url, local_copy(url, cache)) for url in shards]
+                parts += [scan_shard(url, cache, commands) for url in shards]
         return filled(concat(parts))
 
     @classmethod
@@ -94,7 +98,7 @@ class Index:
         A tar that ends too early gives its whole samples and an entry in `problems`. ValueError: a file that is
         missing, compressed or no tar, remote shards without a cache, shards without any sample.
         """
-        return filled(concat([scan_shard(url, local_copy(url, cache)) for url in expand(urls)]))
+        return scanned(urls, cache, spelled_commands(urls))
 
     def save(self, path: str | Path) -> None:
         """JSON that webdataset's `wids` reads too, and `<stem>.members.npy` beside it; each replaced as a whole.
@@ -104,14 +108,20 @@ class Index:
         path = Path(path).absolute()
         unique = bool(self.unique or len(np.unique(self.table[:, ID])) == len(self))
         shards = [s._asdict() | {"url": relative(s.url, path.parent)} for s in self.shards]
-        content = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shards}
+        content = {
+            "__kind__": "wids-shard-index-v1",
+            "wids_version": 1,
+            "format": FORMATS["index"],
+            "shardlist": shards,
+        }
         extra = {"fields": self.fields, "unique_keys": unique, "problems": [list(p) for p in self.problems]}
-        replace(members_of(path), lambda file: np.save(file, self.table))
-        replace(path, lambda file: file.write(json.dumps(content | extra, indent=1).encode()))
+        with whole_file(members_of(path)) as part, part.open("wb") as file:
+            np.save(file, self.table)
+        write_text(path, json.dumps(content | extra, indent=1))
 
     @classmethod
     def load(cls, path: str | Path, cache: Path | None = None) -> Index:
-        """A written index; an index of `wids`, which has no member table, is completed by reading headers.
+        """A written index; one of another format, or of `wids`, which has no member table, is read from the tars anew.
 
         ValueError: no index, or one that no longer fits the shards (missing, or another size).
         """
@@ -123,7 +133,12 @@ class Index:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{str(path)!r} is no shard index: {type(error).__name__}: {error}; {REMEDY}") from error
         if not members_of(path).exists() or "fields" not in content:
-            return cls.scan(urls, cache)
+            return scanned(urls, cache)
+        try:
+            check_format("index", content.get("format"), path)
+        except ValueError as error:
+            warnings.warn(f"{error}; until then its shards are read anew", stacklevel=2)
+            return scanned(urls, cache)
         shards = [Shard(url, e["nsamples"], e["filesize"], e["fields"]) for url, e in zip(urls, entries)]
         for shard in shards:
             check_size(shard, path)
@@ -142,7 +157,7 @@ class Index:
             table[:, SHARD] = place
         shards = [self.shards[n] for n in numbers]
         problems = [p for p in self.problems if p.url in {s.url for s in shards}]
-        return Index(shards, self.fields, np.concatenate(tables), problems, self.unique)
+        return Index(shards, self.fields, np.concatenate(tables), problems, self.unique, commands=self.commands)
 
 
 def concat(parts: Sequence[Index]) -> Index:
@@ -165,7 +180,8 @@ def concat(parts: Sequence[Index]) -> Index:
         table[row : row + len(part), to] = part.table
         table[row : row + len(part), SHARD] += shard
         row, shard = row + len(part), shard + len(part.shards)
-    return Index(shards, fields, table, [p for part in parts for p in part.problems])
+    commands = frozenset[str]().union(*(part.commands for part in parts))
+    return Index(shards, fields, table, [p for part in parts for p in part.problems], commands=commands)
 
 
 def filled(index: Index) -> Index:
@@ -176,8 +192,14 @@ def filled(index: Index) -> Index:
     return index
 
 
-def scan_shard(url: str, path: Path) -> Index:
+def scanned(urls: str | Sequence[str], cache: Path | None, commands: Collection[str] = ()) -> Index:
+    """The index of shards, from their headers."""
+    return filled(concat([scan_shard(url, cache, commands) for url in expand(urls)]))
+
+
+def scan_shard(url: str, cache: Path | None, commands: Collection[str] = ()) -> Index:
     """The index of one tar, from its headers."""
+    path = local_copy(url, cache, commands=commands)
     size = path.stat().st_size
     with path.open("rb") as file:
         refuse_foreign(file.read(512), url)
@@ -192,7 +214,7 @@ def scan_shard(url: str, path: Path) -> Index:
     table[row, column[field]], table[row, column[field] + 1] = offset, length
     counts = {f: int((table[:, FIELDS + 2 * k] >= 0).sum()) for k, f in enumerate(fields)}
     problems = [Problem(url, found.reason)] if found.reason else []
-    return Index([Shard(url, len(table), size, counts)], fields, table, problems)
+    return Index([Shard(url, len(table), size, counts)], fields, table, problems, commands=commands)
 
 
 def beside(folder: Path) -> Index | None:
@@ -204,11 +226,16 @@ def beside(folder: Path) -> Index | None:
 
 
 def reopened(
-    shards: list[Shard], fields: list[str], table: np.ndarray | Path, problems: list[Problem], unique: bool
+    shards: list[Shard],
+    fields: list[str],
+    table: np.ndarray | Path,
+    problems: list[Problem],
+    unique: bool,
+    commands: frozenset[str],
 ) -> Index:
     file = table if isinstance(table, Path) else None
     rows = np.load(table, mmap_mode="r") if isinstance(table, Path) else table
-    return Index(shards, fields, rows, problems, unique, file)
+    return Index(shards, fields, rows, problems, unique, file, commands)
 
 
 def check_size(shard: Shard, path: Path) -> None:
@@ -229,11 +256,3 @@ def members_of(path: Path) -> Path:
 
 def relative(url: str, folder: Path) -> str:
     return os.path.relpath(url, folder) if not is_remote(url) and Path(url).is_relative_to(folder) else url
-
-
-def replace(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file under another name and move it into place, so that no reader ever finds half of it."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        write(file)
-    os.replace(partial, path)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import random
-import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tarfile import BLOCKSIZE, RECORDSIZE
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mvpretrain.files import fresh_folder
 from mvpretrain.shards.index import Index
 from mvpretrain.shards.plans import BINARY, Plan, folder_plans, labelled, safe, table_plans
 
@@ -210,18 +209,3 @@ def refuse_repeats(plans: Sequence[Plan]) -> None:
                 "keys must be unique, also after dots and slashes become '_': rename one"
             )
         origins[plan.key] = plan.origin
-
-
-@contextmanager
-def fresh_folder(out: Path) -> Iterator[Path]:
-    """A folder that becomes `out` when the block ends well, and vanishes when it does not."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{str(out)!r} exists and is not an empty folder; give another, or remove it first")
-    part = out.absolute().with_name(f".{out.name}.{os.getpid()}.part")
-    part.mkdir(parents=True)
-    try:
-        yield part
-        part.replace(out)
-    except BaseException:
-        shutil.rmtree(part)
-        raise

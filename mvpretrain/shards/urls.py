@@ -9,14 +9,15 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing
 from hashlib import blake2b
 from pathlib import Path
-from uuid import uuid4
 
 from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
+
+from mvpretrain.files import whole_file
 
 ATTEMPTS = 3
 PAUSE = 2.0  # seconds before the second attempt; the next waits twice as long
@@ -36,11 +37,17 @@ def expand(urls: str | Sequence[str]) -> list[str]:
     return found
 
 
-def matches(pattern: str) -> list[str]:
+def expanded(pattern: str) -> list[str]:
+    """A pattern without its braces, `::` and variables. ValueError: a variable that is not set."""
     try:
-        parts = expand_urls(pattern)
+        return expand_urls(pattern)
     except AssertionError as error:
         raise ValueError(f"shards {pattern!r}: {error}; set it, or write the value itself") from error
+
+
+def matches(pattern: str) -> list[str]:
+    """The shards of one pattern. ValueError: nothing is there."""
+    parts = expanded(pattern)
     found: list[str] = []
     missing = []
     for part in parts:
@@ -54,6 +61,20 @@ def matches(pattern: str) -> list[str]:
             "correct the path, or pack shards with `mvpretrain shards pack`"
         )
     return found
+
+
+def spelled_commands(urls: str | Sequence[str]) -> frozenset[str]:
+    """The shell commands (`pipe:...`) that patterns say themselves: the only ones that may be run.
+
+    Others come out of an index, an environment variable or an expansion, and whoever wrote the patterns may not know.
+    """
+    return frozenset(url for part in command_patterns(urls) for url in expanded(part))
+
+
+def command_patterns(urls: str | Sequence[str]) -> list[str]:
+    """The parts of patterns that begin with `pipe:`, as they are written."""
+    parts = [part for pattern in ([urls] if isinstance(urls, str) else urls) for part in pattern.split("::")]
+    return [part for part in parts if part.startswith("pipe:")]
 
 
 def local_matches(path: str) -> list[str]:
@@ -70,14 +91,19 @@ def is_remote(url: str) -> bool:
     return bool(re.match(r"[a-z][a-z0-9+]*:", url)) and not url.startswith("file:")
 
 
-def local_copy(url: str, cache: str | Path | None, filesize: int | None = None) -> Path:
+def local_copy(url: str, cache: str | Path | None, filesize: int | None = None, commands: Collection[str] = ()) -> Path:
     """A path with the contents of a shard; remote shards are fetched whole into `cache`, once a machine.
 
     Waits for another process that fetches the same shard. ValueError: a remote shard without a cache, one that cannot
-    be fetched in three attempts, or one of another size than `filesize`.
+    be fetched in three attempts, one of another size than `filesize`, or a command that is not among `commands`.
     """
     if not is_remote(url):
         return Path(url)
+    if url.startswith("pipe:") and url not in commands:
+        raise ValueError(
+            f"the shard {url!r} is a shell command that the recipe or command line does not spell, but an index or a "
+            "variable; it is not run: if you trust it, write it out as a url"
+        )
     if cache is None:
         raise ValueError(f"the shard {url!r} is remote; set data.cache to a folder that can hold a copy of all shards")
     folder = Path(cache).expanduser()
@@ -99,15 +125,13 @@ def local_copy(url: str, cache: str | Path | None, filesize: int | None = None) 
 def fetch(url: str, path: Path) -> None:
     """Copy what is at a url to a path that appears only when it is whole."""
     source = f"pipe:aws s3 cp {shlex.quote(url)} -" if url.startswith("s3:") else url
-    partial = path.with_suffix(f".{uuid4().hex}.partial")
-    for attempt in range(ATTEMPTS):
-        try:
-            with closing(gopen(source)) as stream, partial.open("wb") as file:
-                shutil.copyfileobj(stream, file, 1 << 20)
-            break
-        except Exception as error:  # gopen's schemes raise what their libraries raise
-            partial.unlink(missing_ok=True)
-            if attempt == ATTEMPTS - 1:
-                raise ValueError(f"the shard {url!r} cannot be fetched: {error}; try the url by hand") from error
-            time.sleep(PAUSE * 2**attempt)
-    os.replace(partial, path)
+    with whole_file(path) as part:
+        for attempt in range(ATTEMPTS):
+            try:
+                with closing(gopen(source)) as stream, part.open("wb") as file:
+                    shutil.copyfileobj(stream, file, 1 << 20)
+                break
+            except Exception as error:  # gopen's schemes raise what their libraries raise
+                if attempt == ATTEMPTS - 1:
+                    raise ValueError(f"the shard {url!r} cannot be fetched: {error}; try the url by hand") from error
+                time.sleep(PAUSE * 2**attempt)

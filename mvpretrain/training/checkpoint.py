@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 from pathlib import Path
@@ -17,6 +16,7 @@ from mvpretrain.data.loader import Cursor
 from mvpretrain.distributed import sample_state
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.engine import Engine
+from mvpretrain.files import FORMATS, check_format, move_into_place, write_text
 from mvpretrain.recipe import Recipe
 
 
@@ -74,12 +74,12 @@ def save(run: Path, engine: Engine, recipe: Recipe, state: TrainState) -> Path:
     if rank == 0:
         save_file(weights, partial / "weights.safetensors")
         (partial / "recipe.yaml").write_text(recipe.dump())
-        meta = {"size": engine.world.size, "kind": engine.world.kind, "batch": recipe.batch, **state._asdict()}
+        world = {"size": engine.world.size, "kind": engine.world.kind, "batch": recipe.batch}
+        meta = {"format": FORMATS["checkpoint"], **world, **state._asdict()}
         (partial / "meta.json").write_text(json.dumps(meta, indent=1))
     collectives.largest(0)  # and nobody renames before everyone has written
     if rank == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
+        move_into_place(partial, final)
         _prune(run, recipe)
     collectives.largest(0)
     return final
@@ -103,8 +103,12 @@ def restore(path: Path, engine: Engine) -> TrainState:
 
 
 def refuse_other_world(path: Path, kind: str, size: int) -> dict[str, Any]:
-    """What the checkpoint says of itself. ValueError: ZeRO's parts were written by other ranks or another stage."""
+    """What the checkpoint says of itself.
+
+    ValueError: it is of another format, or ZeRO's parts were written by other ranks or another stage.
+    """
     meta = json.loads((path / "meta.json").read_text())
+    check_format("checkpoint", meta.get("format"), path)
     if kind.startswith("zero") and (meta["size"] != size or meta["kind"] != kind):
         raise ValueError(
             f"{path} was written by {meta['size']} ranks under {meta['kind']}, this run has {size} under "
@@ -123,9 +127,7 @@ def note_best(run: Path, step: int, metric: str, value: float, collectives: Coll
     if better and collectives.rank == 0:
         folder(run).mkdir(parents=True, exist_ok=True)
         content = {"checkpoint": f"step-{step:08d}", "metric": metric, "value": value}
-        aside = folder(run) / "best.tmp"
-        aside.write_text(json.dumps(content))
-        os.replace(aside, folder(run) / "best.json")
+        write_text(folder(run) / "best.json", json.dumps(content))
     return better
 
 

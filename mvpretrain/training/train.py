@@ -22,6 +22,7 @@ from mvpretrain.engine import Engine, Step, World, encoding, resolve, start, wra
 from mvpretrain.engine.optimizer import build_optimizer
 from mvpretrain.engine.schedule import set_rate
 from mvpretrain.evaluation._run import evaluate
+from mvpretrain.files import write_text
 from mvpretrain.loggers import RunInfo
 from mvpretrain.loggers._metrics import MetricsLogger
 from mvpretrain.model.phase_timer import PhaseTimer
@@ -59,7 +60,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     state = resumed(found, engine) if found else TrainState(0, stream.start(), {}, {})
     if world.rank == 0:
         run.mkdir(parents=True, exist_ok=True)
-        (run / "recipe.yaml").write_text(recipe.dump())
+        write_text(run / "recipe.yaml", recipe.dump())
     info = RunInfo(run, recipe.model_dump(mode="json"), steps, state.step)
     log = MetricsLogger(recipe.log, info, active=world.rank == 0)
     log.say(f"# {world.kind} on {world.size} process(es), {world.device.type}, {world.precision}\n{recipe.dump()}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -46,6 +46,8 @@ class ViewConfig(Kind):
 
 class ExternalView(ViewConfig, External):
     """A user's own transform, `__call__(raw) -> View` and `blank() -> View`, by import path."""
+
+    context: ClassVar[tuple[str, ...]] = ("train",)
 
     def build(self, train: bool) -> Transform:
         return build_external(self, train=train)

@@ -213,6 +213,8 @@ def auto_tokenizer(folder: str) -> Any:
     except ImportError as error:
         raise ValueError("tokenizer huggingface:FOLDER needs transformers; pip install 'mvpretrain[text]'") from error
     try:
-        return AutoTokenizer.from_pretrained(str(Path(folder).expanduser()), local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            str(Path(folder).expanduser()), local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"tokenizer huggingface:{folder}: the folder holds no tokenizer: {error}") from error

@@ -13,6 +13,7 @@ import pytest
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 from webdataset.writer import TarWriter
 
+from mvpretrain import files
 from mvpretrain.shards import index as index_module
 from mvpretrain.shards.headers import key_and_field, number
 from mvpretrain.shards.index import HEAD, ID, SHARD, Index
@@ -214,6 +215,15 @@ def test_stale_and_foreign_indices_are_refused(tmp_path: Path) -> None:
             Index.load(tmp_path / f"{name}.json")
 
 
+def test_an_index_of_another_format_is_read_from_the_tars_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = write_shards(tmp_path, samples_of(9), 3)
+    Index.scan(paths).save(tmp_path / "index.json")
+    monkeypatch.setitem(files.FORMATS, "index", 2)
+    for urls in (paths, str(tmp_path / "index.json")):
+        with pytest.warns(UserWarning, match=r"index\.json' is of index format 1, .* its shards are read anew"):
+            assert contents(Index.find(urls)) == plain(samples_of(9))
+
+
 def test_an_index_of_wids_is_completed(tmp_path: Path) -> None:
     write_shards(tmp_path, samples_of(6), 2)
     content = {"__kind__": "wids-shard-index-v1", "wids_version": 1}
@@ -229,7 +239,7 @@ def test_the_index_beside_the_shards_is_used(tmp_path: Path, monkeypatch: pytest
     index.save(tmp_path / "a" / "index.json")
     read: list[str] = []
     scan_shard = index_module.scan_shard
-    monkeypatch.setattr(index_module, "scan_shard", lambda url, path: read.append(url) or scan_shard(url, path))
+    monkeypatch.setattr(index_module, "scan_shard", lambda url, *how: read.append(url) or scan_shard(url, *how))
     assert isinstance(Index.find(str(tmp_path / "a")).table, np.memmap) and not read
     assert contents(Index.find(paths[1:])) == plain(samples_of(9)[3:]) and not read
     assert (Index.find([*paths, *others]).table[:9, ID] == index.table[:, ID]).all() and read == others

@@ -22,6 +22,7 @@ import mvpretrain
 from mvpretrain import engine as engines
 from mvpretrain import objectives
 from mvpretrain.distributed.collectives import SingleProcess
+from mvpretrain.files import write_text
 from mvpretrain.model.task import Task
 from mvpretrain.recipe import Recipe
 from mvpretrain.training import checkpoint, train
@@ -131,10 +132,7 @@ class Experiment(NamedTuple):
         result = {**case._asdict(), **self.planned(case, options), **measured}
         result["seconds"] = {"training": trained - begin, "evaluation": time.perf_counter() - trained}
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        path = options.out / "results" / f"{case.name}.json"
-        aside = path.with_suffix(".part")
-        aside.write_text(json.dumps(result, indent=1))
-        aside.rename(path)
+        write_text(options.out / "results" / f"{case.name}.json", json.dumps(result, indent=1))
 
 
 def ended(recipe: Recipe) -> Task:

@@ -14,9 +14,10 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from mvpretrain.config import Config
+from mvpretrain.registry import refuse_untrusted
 from mvpretrain.shards.headers import Cut, key_and_field, member, text
-from mvpretrain.shards.index import FIELDS, HEAD, ID, SHARD, Index
-from mvpretrain.shards.urls import local_copy
+from mvpretrain.shards.index import FIELDS, HEAD, ID, SHARD, Index, Shard
+from mvpretrain.shards.urls import command_patterns, local_copy
 from mvpretrain.types import Sample
 
 OPEN_FILES = 64  # in one process
@@ -57,6 +58,9 @@ class ShardsConfig(Config):
             raise ValueError(f"train mixes weighted sources with urls: give {plain[0]!r} a weight too, or none to any")
         if not self.train or (self.eval is not None and not self.eval):
             raise ValueError("train and eval need at least one url")
+        for part in weighted(self.train) + weighted(self.eval or ""):
+            for url in command_patterns(part.urls):
+                refuse_untrusted(f"the url {url!r}")
         return self
 
     def build(self, views: Mapping[str, tuple[str, str]], train: bool = True) -> list[Tars]:
@@ -152,13 +156,16 @@ class Tars:
     def contents(self, number: int, offset: int, size: int) -> bytes:
         shard = self.index.shards[number]
         try:
-            file = self.files.get(number) or self.files.open(number, local_copy(shard.url, self.cache, shard.filesize))
+            file = self.files.get(number) or self.files.open(number, self.copy_of(shard))
             found = os.pread(file, size, offset)
         except OSError as error:
             raise BadSample(f"{type(error).__name__} in {shard.url}") from error
         if len(found) < size:
             raise BadSample(f"truncated {shard.url}")
         return found
+
+    def copy_of(self, shard: Shard) -> Path:
+        return local_copy(shard.url, self.cache, shard.filesize, self.index.commands)
 
     def class_of(self, fields: Mapping[str, bytes]) -> int:
         """The label, -1 where the sample has none."""
