@@ -200,7 +200,7 @@ def test_commands_that_nobody_spelled_are_not_run(
     make_shards(tmp_path)
     tar, cache = str(tmp_path / "data/train-000000.tar"), tmp_path / "cache"
     if way == "braces":
-        urls: Any = f"{{p,{tar}#p}}ipe:touch {marks.file}"
+        urls: Any = f"{{{marks.command},{tar}}}"
     elif way == "a variable":
         monkeypatch.setenv("WDS_more", marks.command)
         urls = f"{tar}::${{more}}"
@@ -219,7 +219,7 @@ def test_commands_that_nobody_spelled_are_not_run(
     try:
         train(mvpretrain.load_recipe(tmp_path / "r.yaml", ["loader.max_bad_share=1", "loader.max_bad_in_row=10"]))
     except (ValueError, RuntimeError) as error:
-        assert "is not run: if you trust it, write it out" in str(error) or "nothing at" in str(error), error
+        assert "is not run: if you trust it, write it out" in str(error), error
     else:
         pytest.fail("the run ended without a word")
     if way == "a variable":

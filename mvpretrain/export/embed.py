@@ -20,7 +20,7 @@ from mvpretrain.files import fresh_folder, whole_file
 from mvpretrain.types import Batch
 
 
-class Rows(NamedTuple):
+class EmbeddedBatch(NamedTuple):
     """Some consecutive samples, embedded."""
 
     start: int
@@ -30,12 +30,14 @@ class Rows(NamedTuple):
     z: dict[str, np.ndarray]  # n d float32, by view; zeros where absent
 
 
-class Embedded(NamedTuple):
+class EmbedCounts(NamedTuple):
+    """How many samples were embedded, and how many of them could not be used, by reason: they are absent everywhere."""
+
     samples: int
-    bad: dict[str, int]  # samples that could not be used, by reason; they are absent in every view
+    bad: dict[str, int]
 
 
-Put = Callable[[Rows], None]
+WriteBatch = Callable[[EmbeddedBatch], None]
 
 
 def embed(
@@ -48,12 +50,13 @@ def embed(
     workers: int = 2,
     cache: Path | None = None,
     trust: bool = False,
-) -> Embedded:
+) -> EmbedCounts:
     """Embed the samples of shards in their order, or the first `limit`.
 
     `out` is a folder for `<view>.npy` (n d, float32 unit rows), `present_<view>.npy`, `ids.npy` and `keys.txt`, or a
     file that ends in .parquet, with one list column a view. Samples without a view, or that cannot be read, keep their
-    row: zeros and present False, null in parquet. It appears only when it is whole. Remote shards go to `cache`.
+    row: zeros and present False, null in parquet. It appears only when it is whole. Remote shards go to `cache`. The
+    export may name classes outside of this package only with `trust`.
 
     ValueError: no export, no such view, no such shards, a field that no sample has, `out` exists, a batch or limit
     below 1.
@@ -63,7 +66,7 @@ def embed(
         raise ValueError(f"batch={batch} limit={limit}: both are at least 1; leave limit out to embed everything")
     if out.exists():
         raise ValueError(f"{str(out)!r} exists; give another path, or remove it first")
-    exports = chosen(Path(export_folder), views, trust)
+    exports = load_views(Path(export_folder), views, trust)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for exported in exports.values():
         exported.to(device)
@@ -73,16 +76,17 @@ def embed(
     (tars,) = settings.build(fields)
     count = min(limit or len(tars.ids), len(tars.ids))
     bad: Counter[str] = Counter()
-    sink = parquet if out.suffix == ".parquet" else arrays
-    with sink(out, {name: exported.dim for name, exported in exports.items()}, count) as put:
-        for rows, reasons in embedded(tars, exports, count, max(2, batch), workers, device):
-            put(rows)
+    opened = parquet_file if out.suffix == ".parquet" else array_folder
+    with opened(out, {name: exported.dim for name, exported in exports.items()}, count) as write_batch:
+        for embedded, reasons in embedded_batches(tars, exports, count, max(2, batch), workers, device):
+            write_batch(embedded)
             bad.update(reasons)
-    report(count, exports, bad, out)
-    return Embedded(count, dict(bad))
+    print_counts(count, exports, bad, out)
+    return EmbedCounts(count, dict(bad))
 
 
-def chosen(folder: Path, views: Sequence[str] | None, trust: bool) -> dict[str, Exported]:
+def load_views(folder: Path, views: Sequence[str] | None, trust: bool) -> dict[str, Exported]:
+    """The chosen views of an export, all where none is named. ValueError: no such view, or a name that is taken."""
     known = exported_views(folder)
     for name in views or ():
         if name not in known:
@@ -95,31 +99,34 @@ def chosen(folder: Path, views: Sequence[str] | None, trust: bool) -> dict[str, 
 
 
 @torch.no_grad()
-def embedded(
+def embedded_batches(
     tars: Tars, exports: Mapping[str, Exported], count: int, batch: int, workers: int, device: torch.device
-) -> Iterator[tuple[Rows, dict[str, int]]]:
-    """(rows, samples that could not be used by reason), batch by batch."""
+) -> Iterator[tuple[EmbeddedBatch, dict[str, int]]]:
+    """(a batch, its samples that could not be used by reason), in the samples' order."""
     transforms = {name: (e.view.fields, e.transform) for name, e in exports.items()}
     stream = Stream([tars], transforms, batch, 0, StreamConfig.model_validate({"workers": workers}))
     batches = stream.loader(stream.slices(np.arange(count), np.array([len(tars.ids)])))
     steps = -(-count // batch)
     for step, (read, reasons) in enumerate(track(batches, "embedding", steps, transient=True)):
         start, stop = step * batch, min((step + 1) * batch, count)
-        yield rows_of(read, exports, start, [key(tars, i) for i in range(start, stop)], device), reasons
+        yield embed_batch(read, exports, start, [key_of(tars, i) for i in range(start, stop)], device), reasons
 
 
-def rows_of(batch: Batch, exports: Mapping[str, Exported], start: int, keys: list[str], device: torch.device) -> Rows:
+def embed_batch(
+    batch: Batch, exports: Mapping[str, Exported], start: int, keys: list[str], device: torch.device
+) -> EmbeddedBatch:
+    """The rows of a batch that have a key; those after them are padding."""
     real = slice(len(keys))
     z, present = {}, {}
     for name, exported in exports.items():
         present[name] = batch.present[name][real].numpy()
-        found = exported(batch.views[name].to(device))[real].cpu().numpy()
-        z[name] = np.where(present[name][:, None], found, np.float32(0))
-    return Rows(start, keys, batch.ids[real].numpy(), present, z)
+        rows = exported(batch.views[name].to(device))[real].cpu().numpy()
+        z[name] = np.where(present[name][:, None], rows, np.float32(0))
+    return EmbeddedBatch(start, keys, batch.ids[real].numpy(), present, z)
 
 
-def key(tars: Tars, i: int) -> str:
-    """The sample's key, empty where its shard can no longer be read."""
+def key_of(tars: Tars, i: int) -> str:
+    """The key of sample i, empty where its shard can no longer be read."""
     try:
         return tars.key(i)
     except BadSample:
@@ -127,32 +134,32 @@ def key(tars: Tars, i: int) -> str:
 
 
 @contextmanager
-def arrays(out: Path, dims: Mapping[str, int], count: int) -> Iterator[Put]:
+def array_folder(out: Path, dims: Mapping[str, int], count: int) -> Iterator[WriteBatch]:
     """A folder of .npy files, written in place through memory maps, and keys.txt."""
     with fresh_folder(out) as folder, (folder / "keys.txt").open("w", encoding="utf-8") as keys:
 
-        def file(name: str, kind: type, *shape: int) -> np.memmap:
-            return np.lib.format.open_memmap(folder / f"{name}.npy", "w+", kind, (count, *shape))
+        def array(name: str, dtype: type, *shape: int) -> np.memmap:
+            return np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (count, *shape))
 
-        ids = file("ids", np.int64)
-        z = {name: file(name, np.float32, dim) for name, dim in dims.items()}
-        present = {name: file(f"present_{name}", np.bool_) for name in dims}
+        ids = array("ids", np.int64)
+        z = {name: array(name, np.float32, dim) for name, dim in dims.items()}
+        present = {name: array(f"present_{name}", np.bool_) for name in dims}
 
-        def put(rows: Rows) -> None:
-            here = slice(rows.start, rows.start + len(rows.keys))
-            ids[here] = rows.ids
+        def write_batch(batch: EmbeddedBatch) -> None:
+            rows = slice(batch.start, batch.start + len(batch.keys))
+            ids[rows] = batch.ids
             for name in dims:
-                z[name][here], present[name][here] = rows.z[name], rows.present[name]
-            keys.writelines(f"{key}\n" for key in rows.keys)
+                z[name][rows], present[name][rows] = batch.z[name], batch.present[name]
+            keys.writelines(f"{key}\n" for key in batch.keys)
 
-        yield put
+        yield write_batch
         for written in (ids, *z.values(), *present.values()):
             written.flush()
 
 
 @contextmanager
-def parquet(out: Path, dims: Mapping[str, int], count: int) -> Iterator[Put]:
-    """One table: key, id, and a list of `dim` numbers a view."""
+def parquet_file(out: Path, dims: Mapping[str, int], count: int) -> Iterator[WriteBatch]:
+    """One table: key, id, and a list of `dim` numbers a view. ValueError: pyarrow is not installed."""
     try:
         import pyarrow as pa
         from pyarrow import parquet as pq
@@ -161,19 +168,19 @@ def parquet(out: Path, dims: Mapping[str, int], count: int) -> Iterator[Put]:
     lists = {name: pa.list_(pa.float32(), dim) for name, dim in dims.items()}
     schema = pa.schema([("key", pa.string()), ("id", pa.int64()), *lists.items()])
 
-    def put(rows: Rows) -> None:
-        columns = [pa.array(rows.keys), pa.array(rows.ids)]
+    def write_batch(batch: EmbeddedBatch) -> None:
+        columns = [pa.array(batch.keys), pa.array(batch.ids)]
         for name, dim in dims.items():
-            flat = pa.array(rows.z[name].ravel())
-            columns.append(pa.FixedSizeListArray.from_arrays(flat, dim, mask=pa.array(~rows.present[name])))
+            flat = pa.array(batch.z[name].ravel())
+            columns.append(pa.FixedSizeListArray.from_arrays(flat, dim, mask=pa.array(~batch.present[name])))
         writer.write_batch(pa.record_batch(columns, schema=schema))
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as part, pq.ParquetWriter(part, schema) as writer:
-        yield put
+        yield write_batch
 
 
-def report(count: int, exports: Mapping[str, Exported], bad: Counter[str], out: Path) -> None:
+def print_counts(count: int, exports: Mapping[str, Exported], bad: Counter[str], out: Path) -> None:
     print(f"{count:,} samples embedded as {', '.join(exports)}: {out}")
     if bad:
         named = ", ".join(f"{reason} {number:,}" for reason, number in bad.most_common(5))
