@@ -99,6 +99,10 @@ class Recipe(Config):
             raise ValueError(f"batch={self.batch} does not divide over engine.ranks={self.engine.ranks}")
         return self
 
+    def __eq__(self, other: object) -> bool:
+        """Equal settings, wherever they were read."""
+        return isinstance(other, Recipe) and dict(self) == dict(other)
+
     @property
     def trusted(self) -> bool:
         """Whether code that the recipe names may run: False for one that was read from a folder, unless trusted."""
