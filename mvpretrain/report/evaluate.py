@@ -25,13 +25,13 @@ from mvpretrain.files import whole_file, write_text
 from mvpretrain.model.tower import Tower
 from mvpretrain.recipe import Recipe
 from mvpretrain.recipe import load as load_recipe
-from mvpretrain.report import drawing
+from mvpretrain.report import drawing, page
+from mvpretrain.report.page import KINDS
 from mvpretrain.types import Embeddings, View
 
 PROBE_ROWS = 10_000  # of the training data that probes are fitted on: logistic regression takes minutes beyond
 RAW_SIDE, RAW_WIDTH = 32, 4096  # larger raw inputs are averaged down to this
 RAW_TOKENS = 2048  # raw text is counted token by token, ids modulo this
-KINDS = ("trained", "untrained", "raw")
 
 
 def evaluate_export(
@@ -42,46 +42,49 @@ def evaluate_export(
     Retrieval of every ordered pair on `data.eval`. Where the data has labels: linear probe and kNN on each encoder's
     features (before the head), fitted on `data.train`, tested on `data.eval`, beside the same probes on the encoder
     freshly initialised from `seed` and on the raw inputs. Shares are 0 to 1. `run` is the training run's folder, for
-    its speed (default: where the recipe says it was, if it is still there). ValueError: no export, or no data.
+    its speed (default: where the recipe says it was, if it is still there). The export may name classes outside of this
+    package, and commands as urls, only with `trust`. ValueError: no export, or no data.
     """
     folder = Path(folder)
     exports = {name: load(folder, name, trust) for name in exported_views(folder)}
     recipe = load_recipe(folder, trust=trust)
-    test = read(recipe, "eval", exports, seed, recipe.evaluation.limit)
+    test = embed_split(recipe, "eval", exports, seed, recipe.evaluation.limit)
     if test is None:
         raise ValueError("the export's recipe names no data.eval; there is nothing to evaluate on")
     report: dict[str, Any] = {
         "samples": len(test.ids),
-        "retrieval": pairs(test, recipe.evaluation.by_label),
+        "retrieval": retrieval_pairs(test, recipe.evaluation.by_label),
         "probes": [],
-        "samples_per_second": speed(Path(run or recipe.run)),
+        "samples_per_second": median_speed(Path(run or recipe.run)),
     }
     if bool((test.labels >= 0).any()):
-        train = read(recipe, "train", exports, seed, PROBE_ROWS)
+        train = embed_split(recipe, "train", exports, seed, PROBE_ROWS)
         assert train is not None
-        report["probes"] = [probed(name, train, test) for name in exports if probable(name, train, test)]
-    write(folder, report)
+        report["probes"] = [probe_view(name, train, test) for name in exports if can_probe(name, train, test)]
+    write_report(folder, report)
     return report
 
 
-def write(folder: Path, report: Mapping[str, Any]) -> None:
+def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     """The report as JSON, Markdown and a picture in `folder/report`, and as tables on the console."""
-    place = folder / "report"
-    place.mkdir(exist_ok=True)
-    write_text(place / "report.json", json.dumps(report, indent=2) + "\n")
-    write_text(place / "report.md", drawing.markdown(folder.name, report))
-    with whole_file(place / "report.png") as part:
+    out = folder / "report"
+    out.mkdir(exist_ok=True)
+    write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
+    write_text(out / "report.md", page.markdown(folder.name, report))
+    with whole_file(out / "report.png") as part:
         drawing.figure(report).savefig(part, format="png", dpi=120)
     console = Console()
-    for table in drawing.tables(report):
+    for table in page.console_tables(report):
         console.print(table)
     speed = report["samples_per_second"]
     trained = f"trained at {speed:.0f} samples/s; " if speed else ""
-    console.print(f"{trained}the report with its picture: {place}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{trained}the report with its picture: {out}", markup=False, highlight=False, soft_wrap=True)
 
 
 @torch.no_grad()
-def read(recipe: Recipe, split: Split, exports: Mapping[str, Exported], seed: int, limit: int | None) -> Table | None:
+def embed_split(
+    recipe: Recipe, split: Split, exports: Mapping[str, Exported], seed: int, limit: int | None
+) -> Table | None:
     """One pass over a split, None where there is none; its features are `view/trained`, `/untrained` and `/raw`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sources = open_sources(recipe.data, recipe.views, split)
@@ -90,16 +93,19 @@ def read(recipe: Recipe, split: Split, exports: Mapping[str, Exported], seed: in
     transforms = {name: (e.view.fields, e.transform) for name, e in exports.items()}
     stream = Stream(sources, transforms, recipe.batch, recipe.seed, recipe.loader)
     fresh = {name: untrained(exported, seed).to(device) for name, exported in exports.items()}
+    for exported in exports.values():
+        exported.to(device)
     parts = []
     for batch in stream.whole(limit):
-        here = batch.to(device)
+        batch = batch.to(device)
         z, features = {}, {}
         for name, exported in exports.items():
-            view, known = here.views[name], exported.to(device)
-            output = known.features(view)
-            z[name] = known.tower.embed_features(output)
-            features |= {f"{name}/{kind}": x for kind, x in zip(KINDS, (output, fresh[name](view), raw(view)))}
-        parts.append(kept(Embeddings(z, here.ids, here.present, here.labels), features))
+            view = batch.views[name]
+            output = exported.features(view)
+            z[name] = exported.tower.embed_features(output)
+            found = output, fresh[name](view), raw_features(view)
+            features |= {f"{name}/{kind}": values for kind, values in zip(KINDS, found)}
+        parts.append(kept(Embeddings(z, batch.ids, batch.present, batch.labels), features))
     return joined(parts)
 
 
@@ -110,42 +116,43 @@ def untrained(exported: Exported, seed: int) -> nn.Module:
         return Tower(exported.tower.config, exported.dim).encoder.eval()
 
 
-def raw(view: View) -> Tensor:
+def raw_features(view: View) -> Tensor:
     """The input itself as `b n`: images averaged to at most 32 x 32, token ids counted, other values laid flat."""
     x = view.data
     if not x.is_floating_point():
-        there = torch.ones_like(x) if view.mask is None else view.mask.to(x.dtype)
+        weights = torch.ones_like(x) if view.mask is None else view.mask.to(x.dtype)
         counts = torch.zeros(len(x), RAW_TOKENS, dtype=x.dtype, device=x.device)
-        return counts.scatter_add_(1, x.flatten(1) % RAW_TOKENS, there.flatten(1)).float()
+        return counts.scatter_add_(1, x.flatten(1) % RAW_TOKENS, weights.flatten(1)).float()
     if x.ndim == 4:
         x = adaptive_avg_pool2d(x, (min(x.shape[2], RAW_SIDE), min(x.shape[3], RAW_SIDE)))
     x = x.flatten(1)
     return x if x.shape[1] <= RAW_WIDTH else adaptive_avg_pool1d(x[:, None], RAW_WIDTH)[:, 0]
 
 
-def pairs(table: Table, by_label: Collection[str]) -> list[dict[str, Any]]:
+def retrieval_pairs(table: Table, by_label: Collection[str]) -> list[dict[str, Any]]:
     """Retrieval figures, one entry an ordered pair that has queries."""
     known = dict(retrieval(table, SingleProcess(), torch.device("cpu"), by_label))
-    found = []
+    pairs = []
     for u, v in permutations(table.z, 2):
         start = f"retrieval/{u}-{v}/"
         figures = {name.removeprefix(start): value for name, value in known.items() if name.startswith(start)}
         if figures["queries"]:
-            found.append({"from": u, "to": v, "by_label": u in by_label or v in by_label, **figures})
-    return found
+            pairs.append({"from": u, "to": v, "by_label": u in by_label or v in by_label, **figures})
+    return pairs
 
 
-def probable(name: str, train: Table, test: Table) -> bool:
+def can_probe(name: str, train: Table, test: Table) -> bool:
     """Whether a view has labelled rows on both sides, of two classes at least."""
     fit, check = labelled(name, train), labelled(name, test)
     return bool(check.any()) and len(train.labels[fit].unique()) > 1
 
 
 def labelled(name: str, table: Table) -> Tensor:
+    """True for rows that have the view and a label."""
     return table.present[name] & (table.labels >= 0)
 
 
-def probed(name: str, train: Table, test: Table) -> dict[str, Any]:
+def probe_view(name: str, train: Table, test: Table) -> dict[str, Any]:
     """Accuracies of both probes on one view's features, untrained features and raw inputs."""
     fit, check = labelled(name, train), labelled(name, test)
     train_y, test_y = train.labels[fit], test.labels[check]
@@ -158,7 +165,7 @@ def probed(name: str, train: Table, test: Table) -> dict[str, Any]:
     return entry
 
 
-def speed(run: Path) -> float | None:
+def median_speed(run: Path) -> float | None:
     """Median samples per second over the training log, None where there is no log."""
     log = run / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []

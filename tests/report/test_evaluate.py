@@ -55,13 +55,13 @@ def test_no_evaluation_data_is_said(tmp_path):
 
 def test_raw_inputs():
     images = torch.rand(2, 3, 64, 64)
-    pooled = evaluate.raw(View(images))
+    pooled = evaluate.raw_features(View(images))
     assert pooled.shape == (2, 3 * 32 * 32)
     assert pooled[1, 0] == pytest.approx(float(images[1, 0, :2, :2].mean()), rel=1e-5)
-    assert evaluate.raw(View(torch.rand(2, 1, 8, 8))).shape == (2, 64)
-    assert evaluate.raw(View(torch.rand(2, 9000, 1))).shape == (2, 4096)
+    assert evaluate.raw_features(View(torch.rand(2, 1, 8, 8))).shape == (2, 64)
+    assert evaluate.raw_features(View(torch.rand(2, 9000, 1))).shape == (2, 4096)
     tokens = View(torch.tensor([[5, 7, 5, 2050]]), torch.tensor([[True, True, True, False]]))
-    counts = evaluate.raw(tokens)
+    counts = evaluate.raw_features(tokens)
     assert counts.shape == (1, 2048) and counts[0, 5] == 2 and counts.sum() == 3
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvpretrain.report.drawing import grid
+from mvpretrain.report.page import markdown_table
 from tools.compare.experiment import Result
 from tools.compare.experiment_report import Findings, page, percent, save, steps_ms
 from tools.compare.objectives_run import BUDGETS, DATA, DRAWS, OBJECTIVES, REPEATS
@@ -51,9 +51,9 @@ def gathered(results: Sequence[Result]) -> Findings:
 def markdown(results: Sequence[Result], about: Mapping[str, Any]) -> str:
     found, parts = gathered(results), [LEGEND]
     for data in found.data_sets():
-        parts += [f"## {data}", found.described(data), grid(score_rows(found, data), 2)]
+        parts += [f"## {data}", found.described(data), markdown_table(score_rows(found, data), 2)]
         if len(costs := cost_rows(found, data)) > 1:
-            parts.append(grid(costs, 1))
+            parts.append(markdown_table(costs, 1))
     return page("Objectives for k views on real data", about, [*parts, COSTS, "![comparison](comparison.png)"])
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvpretrain.report.drawing import grid
+from mvpretrain.report.page import markdown_table
 from tools.compare.experiment import Result
 from tools.compare.experiment_report import Findings, Spread, over_seeds, page, percent, quiet, save, steps_ms
 from tools.compare.tailed_run import AUGMENTED, AXIS, DATA, OBJECTIVES, THIRDS
@@ -69,12 +69,12 @@ def learned(found: Findings) -> dict[str, list[str]]:
 def markdown(found: Findings, about: Mapping[str, Any], figures: Sequence[str]) -> str:
     parts = [LEGEND]
     for data in main_sets(found):
-        parts += [f"## {data}", found.described(data), grid(score_rows(found, data), 2)]
+        parts += [f"## {data}", found.described(data), markdown_table(score_rows(found, data), 2)]
         if compared := learned(found).get(data):
-            parts += [TEMPERATURES, grid(temperature_rows(found, data, compared), 1)]
+            parts += [TEMPERATURES, markdown_table(temperature_rows(found, data, compared), 1)]
     if len(rows := axis_rows(found)) > 1:
         kinds = "Numbers of augmentations, each added to those before: crop, flip, colour jitter, grey, blur."
-        parts += ["## cifar10 by augmentation", kinds, grid(rows, 2)]
+        parts += ["## cifar10 by augmentation", kinds, markdown_table(rows, 2)]
     parts += [f"![{name}]({name}.png)" for name in figures]
     return page("Objectives on a long tail of classes", about, parts)
 
