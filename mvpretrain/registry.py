@@ -143,6 +143,7 @@ def import_path(path: str, noun: str) -> type:
     ValueError: it is not trusted, cannot be imported (with the folders that were looked in), or is no class.
     """
     refuse_untrusted(f"{noun} kind {path!r}")
+    assert _trust.get() != "as written", f"{path!r} would be imported where settings are only shown"
     name, _, attribute = path.partition(":")
     try:
         module = importlib.import_module(name)

@@ -288,6 +288,32 @@ def test_weights_that_an_export_names_are_not_unpickled(library: str, new: bool,
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("part", ["encoder", "tokenizer"])
+def test_code_in_a_folder_of_transformers_is_not_run(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    out = export_run(make_run(tmp_path), tmp_path / "out", ["text"])
+    mark, folder = tmp_path / "mark", out / "text/model"
+    folder.mkdir()
+    (folder / "outside.py").write_text(f"open({str(mark)!r}, 'w')\nclass Mine: ...\n")
+    mapped = {"model_type": "mine", "auto_map": {"AutoConfig": "outside.Mine", "AutoTokenizer": ["outside.Mine", None]}}
+    for name in ("config.json", "tokenizer_config.json"):
+        (folder / name).write_text(json.dumps(mapped | {"tokenizer_class": "Mine"}))
+
+    def change(config: dict[str, Any]) -> None:
+        if part == "encoder":
+            config["tower"] = {"encoder": {"kind": "huggingface", "folder": "{folder}/model"}}
+        else:
+            config["preprocessing"]["tokenizer"] = "huggingface:{folder}/model"
+
+    edited(out / "text/config.json", change)
+    with pytest.raises(ValueError, match="custom code|trust_remote_code"):
+        load(out)
+    assert not mark.exists()
+
+
 def test_attention_code_of_a_hub_is_refused() -> None:
     pytest.importorskip("transformers")
     config = {"model_type": "bert", "hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
