@@ -148,6 +148,35 @@ def test_commands_on_a_folder_name_no_class(
     assert marks.file.exists()
 
 
+def test_deepspeeds_files_are_read_if_this_recipe_made_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_shards(tmp_path)
+    run = make_run(tmp_path, engine={"kind": "zero2", "device": "cpu"})
+    (tmp_path / "r.yaml").write_text((run / "recipe.yaml").read_text())
+    meta = {"size": 1, "kind": "zero2", "batch": 8, "step": 10, "cursor": [10, [0]], "skipped": {}, "metrics": {}}
+    step = run / "checkpoints/step-00000010"
+    (step / "meta.json").write_text(json.dumps(meta))
+    (step / "recipe.yaml").write_text((run / "recipe.yaml").read_text())
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+
+    def begin(_: object) -> None:
+        raise ValueError("it would begin")
+
+    monkeypatch.setattr(sys.modules["mvpretrain.training.train"], "start", begin)
+    for words, sentence in (
+        ("train r.yaml --resume", "it would begin"),
+        ("train r.yaml steps=20 optimizer.lr=1 --resume", "its recipe differs in steps, optimizer.lr; if you made"),
+        ("train r.yaml steps=20 --resume --trust", "it would begin"),
+        ("train run --resume", "this recipe was read from a folder; if you made them, add --trust"),
+        ("train run --resume --trust", "it would begin"),
+    ):
+        assert typed(monkeypatch, *words.split()) == 2
+        assert sentence in capsys.readouterr().err, words
+
+
 def typed(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     """The exit code of `mvpretrain WORDS` in this process."""
     monkeypatch.setattr(engine, "shutdown", sys.exit)  # the real one ends the process without pytest's leave
@@ -309,7 +338,7 @@ def test_code_in_a_folder_of_transformers_is_not_run(
             config["preprocessing"]["tokenizer"] = "huggingface:{folder}/model"
 
     edited(out / "text/config.json", change)
-    with pytest.raises(ValueError, match="custom code|trust_remote_code"):
+    with pytest.raises(ValueError, match=r"custom code|trust_remote_code"):
         load(out)
     assert not mark.exists()
 

@@ -46,7 +46,7 @@ def train(
     from mvpretrain.training.train import PREEMPTED, Preempted, train
 
     try:
-        run = train(settings, resume)
+        run = train(settings, resume, trust)
     except Preempted as stop:
         if os.environ.get("RANK", "0") == "0":
             print_text(str(stop))

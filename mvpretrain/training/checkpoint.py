@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from mvpretrain.data.loader import Cursor
@@ -115,6 +117,34 @@ def refuse_other_world(path: Path, kind: str, size: int) -> dict[str, Any]:
             f"{kind}; start it as it was, or begin a new run from {path / 'weights.safetensors'} (init=...)"
         )
     return meta
+
+
+def refuse_pickles(path: Path, kind: str, recipe: str | None) -> None:
+    """ValueError where resuming under ZeRO would run code of anyone: DeepSpeed unpickles its own files.
+
+    They are read if the checkpoint was made by `recipe`, the trusted settings of this run as YAML; never if it is None.
+    """
+    if not kind.startswith("zero"):
+        return
+    stored = path / "recipe.yaml"
+    made_by = yaml.safe_load(stored.read_text()) if stored.is_file() else {}
+    changed = ["it"] if recipe is None else list(different_keys(made_by, yaml.safe_load(recipe)))
+    if not changed:
+        return
+    why = "this recipe was read from a folder" if recipe is None else f"its recipe differs in {', '.join(changed[:5])}"
+    raise ValueError(
+        f"{path} holds DeepSpeed's own files, which run code when they are read, and {why}; if you made them, add "
+        f"--trust (in Python trust=True), or begin a new run from {path / 'weights.safetensors'} (init=...)"
+    )
+
+
+def different_keys(one: Any, other: Any, above: str = "") -> Iterator[str]:
+    """The dotted keys at which two nested mappings differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in dict.fromkeys([*one, *other]):
+            yield from different_keys(one.get(key), other.get(key), f"{above}.{key}" if above else str(key))
+    elif one != other:
+        yield above
 
 
 def note_best(run: Path, step: int, metric: str, value: float, collectives: Collectives) -> bool:

@@ -38,7 +38,7 @@ class Preempted(Exception):
     """SIGTERM or SIGINT arrived; the checkpoint is written."""
 
 
-def train(recipe: Recipe, resume: bool = False) -> Path:
+def train(recipe: Recipe, resume: bool = False, trust: bool = False) -> Path:
     """Run a recipe to its end, on as many ranks as the launcher started; returns the run's folder.
 
     With `resume`, goes on from the last checkpoint with exactly the batches, generators and states that an
@@ -53,6 +53,8 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     assert stream is not None
     if found:
         checkpoint.refuse_other_world(found, resolved.kind, resolved.size)
+        if not trust:
+            checkpoint.refuse_pickles(found, resolved.kind, recipe.dump() if recipe.trusted else None)
     steps = recipe.total_steps(count_samples(stream))
     world = start(resolved)
     engine = build_engine(recipe, world)
