@@ -128,7 +128,8 @@ def test_dashes_are_typed_for_underscores():
 def test_a_users_class_is_found(where, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     place, other = tmp_path / "place", tmp_path / "other"
-    place.mkdir(), other.mkdir()
+    place.mkdir()
+    other.mkdir()
     name = where.replace(" ", "_")
     (place / f"{name}.py").write_text("class Mine:\n    def __init__(self, scale=1): self.scale = scale\n")
     (other / f"{name}_bad.py").write_text("class Mine:\n    def __init__(self)")

@@ -188,7 +188,8 @@ def typed(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 
 @pytest.mark.parametrize("part", ["preprocessing", "tower"])
 def test_an_export_names_no_class(part: str, tmp_path: Path, marks: Marks) -> None:
-    shards = make_shards(tmp_path) and str(tmp_path / "data/train-000000.tar")
+    make_shards(tmp_path)
+    shards = str(tmp_path / "data/train-000000.tar")
     out = export_run(make_run(tmp_path), tmp_path / "out")
     popen = {"kind": "outside:Any", "field": "txt"}
 
@@ -265,7 +266,8 @@ def test_a_command_that_is_spelled_is_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["/{0}/mark", "../mark", ".mark", "a/../../mark", "", 7])
 def test_names_of_views_are_names(name: Any, tmp_path: Path) -> None:
-    shards = make_shards(tmp_path) and str(tmp_path / "data/train-000000.tar")
+    make_shards(tmp_path)
+    shards = str(tmp_path / "data/train-000000.tar")
     run = make_run(tmp_path)
     out = export_run(run, tmp_path / "out")
     name = name.format(tmp_path) if isinstance(name, str) else name

@@ -265,7 +265,9 @@ def in_processes(recipe: Path, overrides: Sequence[str], ranks: int, steps: int,
         out = Path(folder, "bench.json")
         options = ["--steps", str(steps), "--warmup", str(warmup), "--json", str(out)]
         command = [sys.executable, "-m", *launcher, "mvpretrain", "bench", str(recipe), *overrides, *options]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        # A user's own classes are found where this process has found them.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if out.exists():
             return json.loads(out.read_text())
     # The kernel kills a process that takes too much; a launcher tells its children's ends in words only.
