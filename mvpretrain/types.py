@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -72,6 +73,10 @@ class Sample(NamedTuple):
     label: int = -1  # class index where the data set has one
 
 
+class BadSample(Exception):
+    """A sample that cannot be used; the message is the reason under which it is counted."""
+
+
 class Batch(NamedTuple):
     """The rows of one rank. A row whose `present` is False in a view holds filler there and counts nowhere."""
 
@@ -137,6 +142,31 @@ class Embeddings(NamedTuple):
 class Losses(NamedTuple):
     total: Tensor  # scalar, to differentiate
     parts: dict[str, Tensor]  # detached scalars to log
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Samples that can be read in any order, in any process: forked or, pickled, spawned ones read them."""
+
+    name: str
+    weight: float  # its share of the draws where there are several sources is weight / sum of weights
+    counts: np.ndarray  # samples of each shard, int64; shards are shuffled as wholes, their samples in windows
+
+    @property
+    def ids(self) -> np.ndarray: ...  # int64, one a sample
+
+    def read(self, i: int) -> Sample:
+        """Sample i of sum(counts). BadSample: it cannot be had, and why."""
+        ...
+
+
+@runtime_checkable
+class DamagedSource(Protocol):
+    """Optional hook of a source: what is wrong with its data as a whole, though samples can be read."""
+
+    def damages(self) -> list[str]:
+        """One sentence for each damage, which a run prints as it starts; [] where there is none."""
+        ...
 
 
 @runtime_checkable

@@ -14,8 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d
 
-from mvpretrain.data.build import Split, open_sources
-from mvpretrain.data.loader import Stream
+from mvpretrain.data.build import Split, build_stream
 from mvpretrain.distributed.collectives import SingleProcess
 from mvpretrain.evaluation._collect import Table, joined, kept
 from mvpretrain.evaluation._probes import knn, linear
@@ -84,11 +83,12 @@ def write(folder: Path, report: Mapping[str, Any]) -> None:
 def read(recipe: Recipe, split: Split, exports: Mapping[str, Exported], seed: int, limit: int | None) -> Table | None:
     """One pass over a split, None where there is none; its features are `view/trained`, `/untrained` and `/raw`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sources = open_sources(recipe.data, recipe.views, split)
-    if not sources:
-        return None
     transforms = {name: (e.view.fields, e.transform) for name, e in exports.items()}
-    stream = Stream(sources, transforms, recipe.batch, recipe.seed, recipe.loader)
+    stream = build_stream(
+        recipe.data, recipe.views, split, recipe.batch, recipe.seed, recipe.loader, transforms=transforms
+    )
+    if stream is None:
+        return None
     fresh = {name: untrained(exported, seed).to(device) for name, exported in exports.items()}
     parts = []
     for batch in stream.whole(limit):
