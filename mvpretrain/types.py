@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.data import default_collate
 
@@ -161,8 +161,8 @@ class Source(Protocol):
 
 
 @runtime_checkable
-class DamagedSource(Protocol):
-    """Optional hook of a source: what is wrong with its data as a whole, though samples can be read."""
+class ReportsDamages(Protocol):
+    """A source that says what is wrong with its data as a whole, though samples can be read from it. Optional."""
 
     def damages(self) -> list[str]:
         """One sentence for each damage, which a run prints as it starts; [] where there is none."""
@@ -176,6 +176,28 @@ class Encoder(Protocol):
     dim: int
 
     def __call__(self, view: View) -> Tensor: ...
+
+
+@runtime_checkable
+class RecomputesActivations(Protocol):
+    """An encoder that trades time for memory if its tower has `checkpoint_activations: true`. Optional."""
+
+    def checkpoint_activations(self) -> None:
+        """From now on keep the inputs of blocks only, and compute the rest again in backward.
+
+        Names in the state dict stay as they are. ValueError: this very model cannot.
+        """
+        ...
+
+
+@runtime_checkable
+class HasBlocks(Protocol):
+    """An encoder of repeated parts, of which a frozen tower can train the last `train_blocks`. Optional."""
+
+    @property
+    def blocks(self) -> Sequence[nn.Module] | nn.ModuleList | None:
+        """The repeated parts, input side first; None where they are not known."""
+        ...
 
 
 @runtime_checkable

@@ -8,7 +8,7 @@ from typing import Literal
 from mvpretrain.data.dataset import Transforms
 from mvpretrain.data.loader import Stream, StreamConfig
 from mvpretrain.data.sources import SourceConfig
-from mvpretrain.types import DamagedSource, Source
+from mvpretrain.types import ReportsDamages, Source
 from mvpretrain.views import ViewConfig
 
 Split = Literal["train", "eval"]
@@ -21,7 +21,7 @@ def count_samples(sources: Iterable[Source]) -> int:
 
 def describe_damages(sources: Iterable[Source]) -> list[str]:
     """What is wrong with the data of some sources as a whole, however few samples are missing for it."""
-    return [damage for source in sources if isinstance(source, DamagedSource) for damage in source.damages()]
+    return [damage for source in sources if isinstance(source, ReportsDamages) for damage in source.damages()]
 
 
 def build_transforms(views: Mapping[str, ViewConfig], augmented: bool) -> Transforms:

@@ -41,8 +41,8 @@ class ExternalSource(SourceConfig, External):
         if not train and "train" not in inspect.signature(import_path(self.kind, registry.noun)).parameters:
             return []
         source = build_external(self, train=train, views=views)
-        lacking = [name for name in ("name", "weight", "counts", "ids", "read") if not hasattr(source, name)]
-        if lacking:
+        if not isinstance(source, Source):
+            lacking = [name for name in ("name", "weight", "counts", "ids", "read") if not hasattr(source, name)]
             known = f"{registry.noun} kind {self.kind!r}"
             raise ValueError(f"{known} lacks {', '.join(lacking)}; mvpretrain.types.Source says what it needs")
         return [source] if source.counts.sum() else []
