@@ -14,10 +14,10 @@ from pydantic.json_schema import CoreRef, GenerateJsonSchema
 
 from mvpretrain import objectives, views
 from mvpretrain.config import Config, check_name, sentences, unknown
+from mvpretrain.data import sources
 from mvpretrain.data.build import Split, build_stream
 from mvpretrain.data.loader import Stream, StreamConfig
-from mvpretrain.data.sources.shards import ShardsConfig
-from mvpretrain.data.sources.synthetic import SyntheticConfig
+from mvpretrain.data.sources import SourceConfig
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.engine.optimizer import OptimizerConfig
 from mvpretrain.engine.schedule import ScheduleConfig
@@ -47,7 +47,7 @@ class Recipe(Config):
     """Everything that a run is; `resolved` in its folder and in its checkpoints."""
 
     run: str
-    data: Annotated[ShardsConfig | SyntheticConfig, Field(discriminator="kind")]
+    data: Annotated[SerializeAsAny[SourceConfig], sources.registry]
     views: dict[str, Annotated[SerializeAsAny[ViewConfig], views.registry]]
     towers: dict[str, TowerConfig]
     objective: Annotated[SerializeAsAny[ObjectiveConfig], objectives.registry]
@@ -93,7 +93,7 @@ class Recipe(Config):
         for name in self.evaluation.by_label:
             if name not in self.views:
                 raise ValueError(unknown("view in evaluation.by_label", name, self.views))
-        if self.evaluation.by_label and isinstance(self.data, ShardsConfig) and self.data.label is None:
+        if self.evaluation.by_label and not self.data.labelled:
             raise ValueError("evaluation.by_label scores by class: name the field of the class as data.label")
         if self.engine.ranks and self.batch % self.engine.ranks:
             raise ValueError(f"batch={self.batch} does not divide over engine.ranks={self.engine.ranks}")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.data import default_collate
 
@@ -70,6 +71,10 @@ class Sample(NamedTuple):
     key: str
     fields: dict[str, Any]
     label: int = -1  # class index where the data set has one
+
+
+class BadSample(Exception):
+    """A sample that cannot be used; the message is the reason under which it is counted."""
 
 
 class Batch(NamedTuple):
@@ -140,12 +145,59 @@ class Losses(NamedTuple):
 
 
 @runtime_checkable
+class Source(Protocol):
+    """Samples that can be read in any order, in any process: forked or, pickled, spawned ones read them."""
+
+    name: str
+    weight: float  # its share of the draws where there are several sources is weight / sum of weights
+    counts: np.ndarray  # samples of each shard, int64; shards are shuffled as wholes, their samples in windows
+
+    @property
+    def ids(self) -> np.ndarray: ...  # int64, one a sample
+
+    def read(self, i: int) -> Sample:
+        """Sample i of sum(counts). BadSample: it cannot be had, and why."""
+        ...
+
+
+@runtime_checkable
+class ReportsDamages(Protocol):
+    """A source that says what is wrong with its data as a whole, though samples can be read from it. Optional."""
+
+    def damages(self) -> list[str]:
+        """One sentence for each damage, which a run prints as it starts; [] where there is none."""
+        ...
+
+
+@runtime_checkable
 class Encoder(Protocol):
     """A view in, one vector a sample out: `b dim`."""
 
     dim: int
 
     def __call__(self, view: View) -> Tensor: ...
+
+
+@runtime_checkable
+class RecomputesActivations(Protocol):
+    """An encoder that trades time for memory if its tower has `checkpoint_activations: true`. Optional."""
+
+    def checkpoint_activations(self) -> None:
+        """From now on keep the inputs of blocks only, and compute the rest again in backward.
+
+        Names in the state dict stay as they are. ValueError: this very model cannot.
+        """
+        ...
+
+
+@runtime_checkable
+class HasBlocks(Protocol):
+    """An encoder of repeated parts, of which a frozen tower can train the last `train_blocks`. Optional."""
+
+    @property
+    def blocks(self) -> Sequence[nn.Module] | nn.ModuleList | None:
+        """The repeated parts, input side first; None where they are not known."""
+        ...
 
 
 @runtime_checkable

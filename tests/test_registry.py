@@ -86,8 +86,9 @@ def test_a_users_own_class_by_path():
 
 def test_every_kind_of_every_registry_is_one_frozen_settings_class():
     from mvpretrain import encoders, views
+    from mvpretrain.data import sources
 
-    for some in (objectives.registry, encoders.registry, views.registry):
+    for some in (sources.registry, objectives.registry, encoders.registry, views.registry):
         for kind in some.kinds():
             config = some.config(kind)
             assert issubclass(config, Kind) and config.model_config.get("frozen"), config

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
 from mvpretrain.data.sources.shards import Tars
 from mvpretrain.shards.check import Audio, decoder
 from mvpretrain.shards.index import Index
+from mvpretrain.views.audio import power_spectrogram
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 MIME = {"jpg": "image/jpeg", "jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp", "gif": "image/gif"}
 MIME |= {"wav": "audio/wav", "flac": "audio/flac", "ogg": "audio/ogg", "mp3": "audio/mpeg", "opus": "audio/ogg"}
+WINDOW = 256  # samples of a spectrogram's frame
 
 
 class Shown(NamedTuple):
@@ -194,27 +197,21 @@ def draw(axes: Axes, value: Any) -> None:
 
 
 def draw_sound(axes: Axes, sound: Audio) -> None:
-    """The waveform above its spectrogram, in decibels down to 60 below the loudest."""
+    """The waveform above its spectrogram of about a thousand frames, in decibels down to 60 below the loudest."""
     wave, seconds = sound.wave.mean(axis=1), len(sound.wave) / sound.rate
     above, below = axes.inset_axes((0, 0.7, 1, 0.3)), axes.inset_axes((0, 0, 1, 0.66))
     step = -(-len(wave) // 20_000)
     above.plot(np.arange(len(wave))[::step] / sound.rate, wave[::step], linewidth=0.5)
     above.set_xlim(0, seconds)
     above.axis("off")
-    power = spectrogram(wave)
+    hop = max(WINDOW // 4, len(wave) // 1000)
+    power = power_spectrogram(torch.from_numpy(wave), WINDOW, WINDOW, hop).numpy()
     loudest = max(float(power.max()), 1e-12)
     decibels = 10 * np.log10(np.maximum(power, 1e-6 * loudest) / loudest)
     below.imshow(decibels, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, sound.rate / 2000))
     below.tick_params(labelsize=6, pad=1)
     below.set_ylabel("kHz", fontsize=6, labelpad=1)
     below.set_xlabel("s", fontsize=6, labelpad=0, loc="right")
-
-
-def spectrogram(wave: np.ndarray, size: int = 256) -> np.ndarray:
-    """Power of Hann windows, `frequency time`, at most about a thousand windows."""
-    padded = np.pad(wave, size // 2)
-    frames = np.lib.stride_tricks.sliding_window_view(padded, size)[:: max(size // 4, len(wave) // 1000)]
-    return np.abs(np.fft.rfft(frames * np.hanning(size))).T ** 2
 
 
 def draw_array(axes: Axes, array: np.ndarray) -> None:

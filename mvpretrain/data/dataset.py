@@ -6,29 +6,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from mvpretrain.data.sources.shards import BadSample
-from mvpretrain.types import Batch, Sample, Transform, View
-
-
-class Source(Protocol):
-    """Samples that can be read in any order, in any process."""
-
-    name: str
-    weight: float  # its share of the draws where there are several sources
-    counts: np.ndarray  # samples of each shard
-
-    @property
-    def ids(self) -> np.ndarray: ...  # int64, one a sample
-
-    def read(self, i: int) -> Sample:
-        """Sample i of sum(counts). BadSample: it cannot be had, and why."""
-        ...
+from mvpretrain.types import BadSample, Batch, Source, Transform, View
 
 
 class Draw(NamedTuple):
@@ -48,6 +31,8 @@ class Row(NamedTuple):
     bad: str = ""  # why the sample could not be used
 
 
+# Each view's fields, of which the first that a sample has is read, and its transform.
+Transforms = Mapping[str, tuple[tuple[str, ...], Transform]]
 # Not a Counter: pinning copies a mapping by `update`, which doubles a Counter's counts.
 Read = tuple[Batch, dict[str, int]]
 
@@ -55,12 +40,7 @@ Read = tuple[Batch, dict[str, int]]
 class Rows(Dataset[Read]):
     """Draws to batches: read, decode, augment, stack."""
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        transforms: Mapping[str, tuple[tuple[str, ...], Transform]],
-        seed: int,
-    ):
+    def __init__(self, sources: Sequence[Source], transforms: Transforms, seed: int):
         self.sources, self.transforms, self.seed = sources, transforms, seed
         self.blanks = {view: transform.blank() for view, (_, transform) in transforms.items()}
 

@@ -12,8 +12,9 @@ import numpy as np
 from torch import nn
 
 from mvpretrain.data.guess_view import VIEWS
-from mvpretrain.data.sources.shards import BadSample, Tars
+from mvpretrain.data.sources.shards import Tars
 from mvpretrain.shards.index import ID, SHARD, Index
+from mvpretrain.types import BadSample
 
 SAMPLED = 256  # samples of a field that are decoded
 RARE = 0.05  # a field that a smaller share of the samples has is no view

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from threading import Thread
 from typing import Any, Literal, NamedTuple
 
@@ -16,9 +16,9 @@ from pydantic import Field
 from torch.utils.data import DataLoader
 
 from mvpretrain.config import Config
-from mvpretrain.data.dataset import Draw, Read, Rows, Source
+from mvpretrain.data.dataset import Draw, Read, Rows, Transforms
 from mvpretrain.data.order import Mix, Order
-from mvpretrain.types import Batch, Transform
+from mvpretrain.types import Batch, Source
 
 JUDGED = 200  # samples that are seen before the share of bad ones counts
 
@@ -60,7 +60,7 @@ class Stream:
     def __init__(
         self,
         sources: Sequence[Source],
-        transforms: Mapping[str, tuple[tuple[str, ...], Transform]],
+        transforms: Transforms,
         batch: int,
         seed: int,
         config: StreamConfig,
@@ -105,11 +105,17 @@ class Stream:
         """
         if limit is not None and limit < 1:
             raise ValueError(f"the limit of evaluated samples is {limit}; give at least 1, or none for all")
-        ends = np.cumsum([s.counts.sum() for s in self.sources])
-        count = min(limit or ends[-1], ends[-1])
-        chosen = np.arange(count) * ends[-1] // count
-        for batch, _ in self.loader(self.slices(chosen, ends)):
+        total = sum(int(s.counts.sum()) for s in self.sources)
+        count = min(limit or total, total)
+        for batch, _ in self.once(np.arange(count) * total // count):
             yield batch
+
+    def once(self, samples: np.ndarray) -> Iterator[Read]:
+        """(this rank's rows, skipped samples by reason) of each batch of these samples, counted through all sources.
+
+        All ranks get equally many batches of equal size; the last is filled with absent rows of id -1.
+        """
+        yield from self.loader(self.slices(samples))
 
     def plan(self, cursor: Cursor) -> Iterator[list[Draw]]:
         """What this rank draws in each batch from the cursor on."""
@@ -127,8 +133,9 @@ class Stream:
             yield [draws[row] for row in range(self.first, self.last)]
             cursor = self.advance(cursor)
 
-    def slices(self, chosen: np.ndarray, ends: np.ndarray) -> Iterator[list[Draw]]:
-        """The rows of this rank in each batch of the chosen samples, counted through all sources."""
+    def slices(self, chosen: np.ndarray) -> Iterator[list[Draw]]:
+        """What this rank draws in each batch of the chosen samples."""
+        ends = np.cumsum([s.counts.sum() for s in self.sources])
         for start in range(0, len(chosen), self.batch):
             mine = chosen[start + self.first : start + self.last]
             sources = np.searchsorted(ends, mine, "right")

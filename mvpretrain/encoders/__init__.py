@@ -13,7 +13,11 @@ from mvpretrain.registry import External, Kind, Registry, build_external
 
 
 class EncoderConfig(Kind):
-    """Settings of an encoder. `build` gives a module with `forward(view) -> b dim` and an attribute `dim`."""
+    """Settings of an encoder.
+
+    `build` gives a module with `forward(view) -> b dim` and an attribute `dim`. A module may also have the hooks
+    `RecomputesActivations` and `HasBlocks` of `mvpretrain.types`.
+    """
 
     def build(self) -> nn.Module:
         raise TypeError(f"{type(self).__name__} must define build")

@@ -1,4 +1,8 @@
-"""A small vision transformer for small images."""
+"""A small vision transformer for small images.
+
+Written out and not timm's (kind `timm` has that): its last block computes the class token alone, and the runs and
+exports that exist depend on its random draws and on the names of its weights.
+"""
 
 from __future__ import annotations
 

@@ -13,11 +13,12 @@ import torch
 from rich.progress import track
 
 from mvpretrain.config import unknown
+from mvpretrain.data.build import build_stream, count_samples
 from mvpretrain.data.loader import Stream, StreamConfig
-from mvpretrain.data.sources.shards import BadSample, ShardsConfig, Tars
+from mvpretrain.data.sources.shards import ShardsConfig, Tars
 from mvpretrain.export.encoder import Exported, exported_views, load
 from mvpretrain.files import fresh_folder, whole_file
-from mvpretrain.types import Batch
+from mvpretrain.types import BadSample, Batch
 
 
 class EmbeddedBatch(NamedTuple):
@@ -70,15 +71,13 @@ def embed(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for exported in exports.values():
         exported.to(device)
-    fields = {name: (exported.view.field, "any") for name, exported in exports.items()}
-    urls = urls if isinstance(urls, str) else tuple(urls)
-    settings = ShardsConfig.model_validate({"train": urls, "ids": "key", "cache": cache})
-    (tars,) = settings.build(fields)
-    count = min(limit or len(tars.ids), len(tars.ids))
+    stream = shard_stream(urls, cache, exports, max(2, batch), workers)
+    total = count_samples(stream.sources)
+    count = min(limit or total, total)
     bad: Counter[str] = Counter()
     opened = parquet_file if out.suffix == ".parquet" else array_folder
     with opened(out, {name: exported.dim for name, exported in exports.items()}, count) as write_batch:
-        for embedded, reasons in embedded_batches(tars, exports, count, max(2, batch), workers, device):
+        for embedded, reasons in embedded_batches(stream, exports, count, device):
             write_batch(embedded)
             bad.update(reasons)
     print_counts(count, exports, bad, out)
@@ -98,14 +97,27 @@ def load_views(folder: Path, views: Sequence[str] | None, trust: bool) -> dict[s
     return exports
 
 
+def shard_stream(
+    urls: str | Sequence[str], cache: Path | None, exports: Mapping[str, Exported], batch: int, workers: int
+) -> Stream:
+    """All samples of the shards, whichever views they have."""
+    urls = urls if isinstance(urls, str) else tuple(urls)
+    data = ShardsConfig.model_validate({"train": urls, "ids": "key", "cache": cache})
+    views = {name: exported.view.model_copy(update={"missing": "any"}) for name, exported in exports.items()}
+    transforms = {name: (e.view.fields, e.transform) for name, e in exports.items()}
+    stream = build_stream(data, views, "train", batch, 0, StreamConfig(workers=workers), transforms=transforms)
+    assert stream is not None
+    return stream
+
+
 @torch.no_grad()
 def embedded_batches(
-    tars: Tars, exports: Mapping[str, Exported], count: int, batch: int, workers: int, device: torch.device
+    stream: Stream, exports: Mapping[str, Exported], count: int, device: torch.device
 ) -> Iterator[tuple[EmbeddedBatch, dict[str, int]]]:
     """(a batch, its samples that could not be used by reason), in the samples' order."""
-    transforms = {name: (e.view.fields, e.transform) for name, e in exports.items()}
-    stream = Stream([tars], transforms, batch, 0, StreamConfig.model_validate({"workers": workers}))
-    batches = stream.loader(stream.slices(np.arange(count), np.array([len(tars.ids)])))
+    (tars,) = stream.sources
+    assert isinstance(tars, Tars)
+    batches, batch = stream.once(np.arange(count)), stream.batch
     steps = -(-count // batch)
     for step, (read, reasons) in enumerate(track(batches, "embedding", steps, transient=True)):
         start, stop = step * batch, min((step + 1) * batch, count)

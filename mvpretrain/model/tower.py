@@ -13,7 +13,7 @@ from mvpretrain import encoders
 from mvpretrain.config import Config
 from mvpretrain.encoders import EncoderConfig
 from mvpretrain.model.heads import HeadConfig, projection, unit
-from mvpretrain.types import Encoder, View
+from mvpretrain.types import Encoder, HasBlocks, RecomputesActivations, View
 
 
 class TowerConfig(Config):
@@ -48,13 +48,12 @@ class Tower(nn.Module):
         if config.freeze:
             freeze(self.encoder, config.train_blocks)
         if config.checkpoint_activations:
-            switch = getattr(self.encoder, "checkpoint_activations", None)
-            if switch is None:
+            if not isinstance(self.encoder, RecomputesActivations):
                 raise ValueError(
                     f"encoder kind {config.encoder.kind!r} has no checkpoint_activations(); set "
                     "checkpoint_activations=false for its tower"
                 )
-            switch()
+            self.encoder.checkpoint_activations()
 
     def forward(self, view: View) -> Tensor:
         if self.config.length_groups > 1:
@@ -113,7 +112,7 @@ def freeze(encoder: nn.Module, train_blocks: int) -> None:
     """Stop an encoder's training but for its last blocks. ValueError: more blocks asked for than it has."""
     encoder.requires_grad_(False)
     if train_blocks:
-        blocks = list(getattr(encoder, "blocks", None) or ())
+        blocks = list(encoder.blocks or ()) if isinstance(encoder, HasBlocks) else []
         if len(blocks) < train_blocks:
             raise ValueError(
                 f"train_blocks={train_blocks}, but {type(encoder).__name__} has {len(blocks)} known blocks"

@@ -69,7 +69,7 @@ def bench(recipe: Recipe, steps: int, warmup: int, profile: Path | None = None) 
     world = start(resolved)
     baseline = measure.resident()
     engine = build_engine(recipe, world)
-    set_rate(engine.optimizer, recipe.schedule.factor(0, recipe.total_steps(count_samples(stream))))
+    set_rate(engine.optimizer, recipe.schedule.factor(0, recipe.total_steps(count_samples(stream.sources))))
     batches = (batch for batch, _, _ in stream.batches(stream.start()))
     for _ in range(warmup):
         engine.step(next(batches))

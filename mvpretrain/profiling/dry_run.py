@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from rich.console import Console
 from rich.table import Table
 
-from mvpretrain.data.build import count_samples, describe_damages, open_sources
+from mvpretrain.data.build import count_samples, describe_damages
 from mvpretrain.distributed.collectives import SingleProcess
 from mvpretrain.engine import resolve
 from mvpretrain.engine.optimizer import build_optimizer
@@ -35,8 +35,8 @@ def print_dry_run(recipe: Recipe, console: Console, memory: int | None = None) -
     task = recipe.task(SingleProcess())
     build_optimizer(task, recipe.towers, recipe.optimizer)
     console.print(towers(recipe, task))
-    steps, samples = recipe.total_steps(count_samples(stream)), count_samples(stream)
-    held_out = sum(int(source.counts.sum()) for source in open_sources(recipe.data, recipe.views, "eval"))
+    steps, samples = recipe.total_steps(count_samples(stream.sources)), count_samples(stream.sources)
+    held_out = count_samples(recipe.data.build(recipe.views, train=False))
     rows = recipe.batch // ranks
     console.print(
         f"steps: {steps} of {recipe.batch} samples, {steps * recipe.batch / samples:.1f} epochs of {samples}, "
@@ -46,7 +46,7 @@ def print_dry_run(recipe: Recipe, console: Console, memory: int | None = None) -
     )
     if recipe.teacher:
         console.print(teacher_rows(recipe, task))
-    for damage in describe_damages(stream):
+    for damage in describe_damages(stream.sources):
         console.print(damage, markup=False, highlight=False, soft_wrap=True)
     batch, _, skipped = next(iter(stream.batches(stream.start())))
     console.print(first_batch(batch, skipped, task))

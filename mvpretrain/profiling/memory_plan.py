@@ -21,7 +21,7 @@ from mvpretrain.engine.optimizer import build_optimizer
 from mvpretrain.model.task import Task
 from mvpretrain.profiling.measure import Live, Passes, byte_count, passes
 from mvpretrain.recipe import Recipe
-from mvpretrain.types import Batch
+from mvpretrain.types import Batch, RecomputesActivations
 
 BUCKET = 500_000_000  # elements that DeepSpeed reduces at a time, and the size of its buffer
 BUCKETS = "DeepSpeed's bucket"
@@ -122,7 +122,7 @@ class Model(NamedTuple):
 def study(recipe: Recipe, task: Task, batch: Batch, device: torch.device, precision: str, process: int) -> Model:
     """Run the task's towers and its optimiser as far as a plan needs it; the task is left in training mode."""
     chosen = build_optimizer(task, recipe.towers, recipe.optimizer)
-    able = [name for name, tower in task.towers.items() if hasattr(tower.encoder, "checkpoint_activations")]
+    able = [name for name, tower in task.towers.items() if isinstance(tower.encoder, RecomputesActivations)]
     return Model(
         recipe,
         passes(task, batch, device, precision),

@@ -14,8 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d
 
-from mvpretrain.data.build import Split, open_sources
-from mvpretrain.data.loader import Stream
+from mvpretrain.data.build import Split, build_stream
 from mvpretrain.distributed.collectives import SingleProcess
 from mvpretrain.evaluation._collect import Table, joined, kept
 from mvpretrain.evaluation._probes import knn, linear
@@ -87,11 +86,12 @@ def embed_split(
 ) -> Table | None:
     """One pass over a split, None where there is none; its features are `view/trained`, `/untrained` and `/raw`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sources = open_sources(recipe.data, recipe.views, split)
-    if not sources:
-        return None
     transforms = {name: (e.view.fields, e.transform) for name, e in exports.items()}
-    stream = Stream(sources, transforms, recipe.batch, recipe.seed, recipe.loader)
+    stream = build_stream(
+        recipe.data, recipe.views, split, recipe.batch, recipe.seed, recipe.loader, transforms=transforms
+    )
+    if stream is None:
+        return None
     fresh = {name: untrained(exported, seed).to(device) for name, exported in exports.items()}
     for exported in exports.values():
         exported.to(device)

@@ -55,7 +55,7 @@ def train(recipe: Recipe, resume: bool = False, trust: bool = False) -> Path:
         checkpoint.refuse_other_world(found, resolved.kind, resolved.size)
         if not trust:
             checkpoint.refuse_pickles(found, resolved.kind, recipe.dump() if recipe.trusted else None)
-    steps = recipe.total_steps(count_samples(stream))
+    steps = recipe.total_steps(count_samples(stream.sources))
     world = start(resolved)
     engine = build_engine(recipe, world)
     _seed(recipe.seed + 1 + world.rank)  # ranks draw apart; those that a checkpoint knows go on with what they had
@@ -66,7 +66,7 @@ def train(recipe: Recipe, resume: bool = False, trust: bool = False) -> Path:
     info = RunInfo(run, recipe.model_dump(mode="json"), steps, state.step)
     log = MetricsLogger(recipe.log, info, active=world.rank == 0)
     log.say(f"# {world.kind} on {world.size} process(es), {world.device.type}, {world.precision}\n{recipe.dump()}")
-    for damage in describe_damages(stream):
+    for damage in describe_damages(stream.sources):
         log.say(f"a tar breaks off and is used up to there: {damage}")
     if resume:
         log.say(f"going on after step {state.step}" if found else f"{run} holds no checkpoint yet: starting at step 0")

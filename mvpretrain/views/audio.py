@@ -180,10 +180,17 @@ def resampled(wave: np.ndarray, found: int, rate: int) -> np.ndarray:
 def mel_spectrogram(
     wave: Float[Tensor, " samples"], filters: Float[Tensor, "frequencies mels"], n_fft: int, window: int, hop: int
 ) -> Float[Tensor, "frames mels"]:
-    """Power in each mel band; frames centred on multiples of `hop`, zeros around the clip."""
+    """Power in each mel band (see `power_spectrogram`)."""
+    return rearrange(power_spectrogram(wave, n_fft, window, hop), "f t -> t f") @ filters
+
+
+def power_spectrogram(
+    wave: Float[Tensor, " samples"], n_fft: int, window: int, hop: int
+) -> Float[Tensor, "frequencies frames"]:
+    """Power under a periodic Hann window; frames centred on multiples of `hop`, zeros around the clip."""
     hann = torch.hann_window(window)
     spectrum = torch.stft(wave, n_fft, hop, window, hann, center=True, pad_mode="constant", return_complex=True)
-    return rearrange(spectrum.abs().square(), "f t -> t f") @ filters
+    return spectrum.abs().square()
 
 
 def mel_filters(

@@ -154,12 +154,8 @@ def load(name: str) -> Tokenizer:
 
 
 def encode_bytes(text: str, length: int) -> list[int]:
+    """Written out and not a library's, so that a text view needs no vocabulary file and no further package."""
     return [BEGIN, *(byte + 1 for byte in text.encode("utf-8")[: length - 2]), END]
-
-
-def decode_bytes(ids: list[int]) -> str:
-    """The text of ids that `encode_bytes` gave; a character cut in the middle is left out."""
-    return bytes(i - 1 for i in ids if 0 < i < BEGIN).decode("utf-8", errors="ignore")
 
 
 def openclip_tokenizer(model: str) -> Tokenizer:

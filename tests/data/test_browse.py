@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvpretrain.data.browse import drawn, sheet, show, spectrogram
+from mvpretrain.data.browse import drawn, sheet, show
 from mvpretrain.shards.index import Index
 from mvpretrain.shards.pack import write
 from tests.shards.test_check import picture, tone
@@ -99,9 +99,3 @@ def test_bad_requests_are_refused(shards: str, tmp_path: Path) -> None:
         show(shards, tmp_path / "page.pdf")
     with pytest.raises(ValueError, match="count is 0, at least 1"):
         show(shards, tmp_path / "page.html", count=0)
-
-
-def test_the_spectrogram_finds_a_tone() -> None:
-    rate, hertz = 8000, 1000
-    power = spectrogram(np.sin(2 * np.pi * hertz / rate * np.arange(rate)))
-    assert (power[:, 5:-5].argmax(axis=0) == hertz * 256 // rate).all()

@@ -161,7 +161,7 @@ def test_tar_that_was_cut_off_before_the_run_is_used_up_to_there_and_named(
     assert end_of(run)[0]["step"] == 25
     recipe_of_25 = recipe.parse(settings(tmp_path, urls))
     stream = recipe_of_25.stream("train", 0, 1)
-    assert stream is not None and count_samples(stream) == 25
+    assert stream is not None and count_samples(stream.sources) == 25
 
 
 def test_tar_that_is_cut_off_under_a_run_is_counted_and_stops_it_above_the_limit(

@@ -20,6 +20,7 @@ from mvpretrain.data.loader import BadSamples, Cursor, Stream, StreamConfig, obe
 from mvpretrain.data.sources.shards import ShardsConfig, Tars, Weighted
 from mvpretrain.shards.index import Index
 from mvpretrain.types import Batch, View
+from mvpretrain.views import ViewConfig
 from tests.shards.test_index import samples_of, write_shards
 
 
@@ -143,7 +144,7 @@ def test_weighted_sources_resume_and_keep_their_shares(tmp_path: Path, mode: str
     big, small = samples_of(60), samples_of(10, 60)
     one = Weighted(urls=tuple(write_shards(tmp_path, big, 2, "big")), weight=1)
     two = Weighted(urls=tuple(write_shards(tmp_path, small, 1, "small")), weight=3)
-    sources = ShardsConfig(train=(one, two)).build({"a": ("bin", "some")})
+    sources = ShardsConfig(train=(one, two)).build({"a": ViewConfig(kind="x", field="bin")}, train=True)
     whole, end = taken([stream_of(sources, batch=16, mix=mode)], 40)
     known = set(sources[0].ids.tolist())
     ours = torch.tensor([[i in known for i in batch.ids.tolist()] for batch in whole])

@@ -92,13 +92,13 @@ class OneOfTwo(SingleProcess):
         self.rank = rank
 
 
-def test_every_is_the_ranks_tables_one_after_another():
+def test_the_gathered_table_stays_the_ranks_tables_one_after_another():
     tables = [table(2, seed) for seed in (1, 2)]
     for rank in range(2):
         queue = Queue(["view1"], 6, 8, OneOfTwo(rank))
         queue.push(table(2, seed=3), table(2, seed=3))
-        mine, every = queue.behind(tables[rank], Embeddings.cat(tables))
-        torch.testing.assert_close(every.split(2)[rank], mine, rtol=0, atol=0)
+        mine, gathered = queue.append_queue(tables[rank], Embeddings.cat(tables))
+        torch.testing.assert_close(gathered.split(2)[rank], mine, rtol=0, atol=0)
         assert torch.equal(mine.ids, torch.cat([tables[rank].ids, queue.ids[3 * rank : 3 * rank + 3]]))
         assert not mine.present["view0"][-3:].any() and mine.present["view1"][-3:].all()
 

@@ -5,9 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from mvpretrain.views.text import BEGIN, END, TextConfig, decode_bytes
+from mvpretrain.views.text import BEGIN, END, TextConfig
 
 CAPTIONS = {"meta": {"captions": ["a dog", "a brown dog", "an animal"]}, "caption": "one cat", "size": 3}
+
+
+def decode_bytes(ids: list[int]) -> str:
+    """The text of the bytes tokenizer's ids; a character cut in the middle is left out."""
+    return bytes(i - 1 for i in ids if 0 < i < BEGIN).decode("utf-8", errors="ignore")
 
 
 def tokens(item) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvpretrain.data.build import Split, build_transforms, open_sources
+from mvpretrain.data.build import Split, build_stream, build_transforms
 from mvpretrain.data.loader import Stream
 from mvpretrain.distributed.collectives import SingleProcess
 from mvpretrain.evaluation._collect import Table, collect
@@ -26,7 +26,9 @@ CPU = torch.device("cpu")
 
 def stream(recipe: Recipe, split: Split, views: Sequence[str], augmented: bool) -> Stream:
     transforms = {v: t for v, t in build_transforms(recipe.views, augmented).items() if v in views}
-    return Stream(open_sources(recipe.data, recipe.views, split), transforms, ROWS, recipe.seed, recipe.loader)
+    found = build_stream(recipe.data, recipe.views, split, ROWS, recipe.seed, recipe.loader, transforms=transforms)
+    assert found is not None, f"{recipe.run} has no {split} samples"
+    return found
 
 
 @torch.no_grad()

@@ -98,7 +98,7 @@ def measure(recipe: Recipe, task: Task, data: DataSet) -> dict[str, Any]:
     """Everything that is measured of trained towers."""
     test, probes = embedded(recipe, task, data), probed(recipe, task, data)
     found = dict(retrieval(test, SingleProcess(), CPU, recipe.evaluation.by_label, ("rest", "product")))
-    train = count_samples(stream(recipe, "train", data.probed, augmented=False))
+    train = count_samples(stream(recipe, "train", data.probed, augmented=False).sources)
     log = logged(recipe)
     return {
         "sizes": sizes(recipe, train, min(train, data.rows[0]), len(test.ids)),

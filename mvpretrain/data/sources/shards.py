@@ -7,6 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,17 +15,15 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from mvpretrain.config import Config
+from mvpretrain.data.sources import SourceConfig
 from mvpretrain.registry import refuse_untrusted
 from mvpretrain.shards.headers import Cut, key_and_field, member, text
 from mvpretrain.shards.index import FIELDS, HEAD, ID, SHARD, Index, Shard
 from mvpretrain.shards.urls import command_patterns, local_copy
-from mvpretrain.types import Sample
+from mvpretrain.types import BadSample, Sample
+from mvpretrain.views import ViewConfig
 
 OPEN_FILES = 64  # in one process
-
-
-class BadSample(Exception):
-    """A sample that cannot be used; the message is the reason under which it is counted."""
 
 
 class Weighted(Config):
@@ -35,7 +34,7 @@ class Weighted(Config):
     name: str | None = None
 
 
-class ShardsConfig(Config):
+class ShardsConfig(SourceConfig):
     """WebDataset tars, local or remote.
 
     `train` and `eval` are urls (see `urls.expand`), lists of them, or a written index (.json); `train` may also be a
@@ -63,7 +62,11 @@ class ShardsConfig(Config):
                 refuse_untrusted(f"the url {url!r}")
         return self
 
-    def build(self, views: Mapping[str, tuple[str, str]], train: bool = True) -> list[Tars]:
+    @property
+    def labelled(self) -> bool:
+        return self.label is not None
+
+    def build(self, views: Mapping[str, ViewConfig], train: bool) -> list[Tars]:
         """The sources, one for each weight, ready for the views (see `Tars.required`); [] where there is no `eval`.
 
         ValueError: shards that are missing or no tars, that lack a field, or that repeat a key.
@@ -177,26 +180,30 @@ class Tars:
         except (ValueError, TypeError, AttributeError) as error:
             raise BadSample(f"label {self.label}: {type(error).__name__}, an integer is needed") from error
 
-    def required(self, views: Mapping[str, tuple[str, str]], elsewhere: Collection[str] = ()) -> None:
-        """Read what the views need and no more: view -> (field with alternatives, `missing`; see ViewConfig).
+    def damages(self) -> list[str]:
+        """The tars that break off, and why; they are used up to there."""
+        return [f"{problem.url}: {problem.reason}" for problem in self.index.problems]
 
-        Samples without a view whose policy is `drop` are left out from now on. Views of `any` may also be found in
+    def required(self, views: Mapping[str, ViewConfig], elsewhere: Collection[str] = ()) -> None:
+        """Read the fields that the views need and no more.
+
+        Samples without a view whose `missing` is `drop` are left out from now on. Views of `any` may also be found in
         other sources, which have the fields `elsewhere`. ValueError: a field that no sample has, a shard without it
         under `some`, a sample without it under `none`. Asks the index alone, so that it costs seconds.
         """
-        for view, (field, missing) in views.items():
-            named = alternatives(field)
-            if not {*self.totals, *(elsewhere if missing == "any" else ())}.intersection(named):
-                raise ValueError(f"view {view!r} reads the field {field!r}, {self.nowhere()}")
-            if missing == "some":
-                self.refuse_shards_without(view, named)
-            if missing == "none":
-                self.refuse_samples_without(view, named)
+        named = {view: alternatives(config.field) for view, config in views.items()}
+        for view, config in views.items():
+            if not {*self.totals, *(elsewhere if config.missing == "any" else ())}.intersection(named[view]):
+                raise ValueError(f"view {view!r} reads the field {config.field!r}, {self.nowhere()}")
+            if config.missing == "some":
+                self.refuse_shards_without(view, named[view])
+            if config.missing == "none":
+                self.refuse_samples_without(view, named[view])
         if self.label and self.label not in {*self.totals, *elsewhere}:
             raise ValueError(f"the label is read from {self.label!r}, {self.nowhere()}")
-        wanted = {self.label, *(f for field, _ in views.values() for f in alternatives(field))}
+        wanted = {self.label, *chain.from_iterable(named.values())}
         self.columns = {f: self.index.offset(f) for f in self.index.fields if f in wanted}
-        if needed := [alternatives(field) for field, missing in views.values() if missing == "drop"]:
+        if needed := [named[view] for view, config in views.items() if config.missing == "drop"]:
             self.drop(needed)
 
     def nowhere(self) -> str:

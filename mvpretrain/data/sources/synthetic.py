@@ -9,13 +9,15 @@ from zlib import crc32
 import numpy as np
 from pydantic import Field, field_validator
 
-from mvpretrain.config import Config, unknown
+from mvpretrain.config import unknown
+from mvpretrain.data.sources import SourceConfig
 from mvpretrain.types import Sample
+from mvpretrain.views import ViewConfig
 
 Sketch = Callable[[np.ndarray], Any]
 
 
-class SyntheticConfig(Config):
+class SyntheticConfig(SourceConfig):
     """Views of one latent vector: class centre + N(0, 1), and in each view + noise N(0, 1), drawn by its `sketch`.
 
     Centres are N(0, 1) in `latent` dimensions, classes equally likely. `missing` is the share of samples that lack a
@@ -39,11 +41,12 @@ class SyntheticConfig(Config):
                 raise ValueError(f"missing is {share}; a share of samples is at least 0 and below 1")
         return missing
 
-    def build(self, sketches: Mapping[str, Sketch], train: bool = True) -> list[Synthetic]:
-        """The source whose samples have one field for each sketch, under its name; [] where eval_samples is 0.
+    def build(self, views: Mapping[str, ViewConfig], train: bool) -> list[Synthetic]:
+        """The source whose samples have each view's first field; [] where eval_samples is 0.
 
-        ValueError: `missing` names what has no sketch.
+        ValueError: `missing` names a field that no view reads.
         """
+        sketches = {view.fields[0]: view.sketch for view in views.values()}
         for view in self.missing if isinstance(self.missing, dict) else ():
             if view not in sketches:
                 raise ValueError(unknown("field in data.missing", view, sketches))

@@ -7,16 +7,20 @@ from typing import Any
 import pytest
 
 from mvpretrain.data.sources import shards as tars_module
-from mvpretrain.data.sources.shards import BadSample, ShardsConfig, Tars, Weighted
+from mvpretrain.data.sources.shards import ShardsConfig, Tars, Weighted
 from mvpretrain.shards import urls as urls_module
 from mvpretrain.shards.index import Index
+from mvpretrain.types import BadSample
+from mvpretrain.views import ViewConfig
 from tests.shards.test_index import plain, samples_of, write_shards
 
 VIEWS = {"image": ("bin", "some"), "text": ("txt", "any")}
 
 
-def build(train: Any, views: Any = VIEWS, **settings: Any) -> list[Tars]:
-    return ShardsConfig(train=train, **settings).build(views)
+def build(train: Any, views: dict[str, tuple[str, str]] = VIEWS, **settings: Any) -> list[Tars]:
+    """The sources for views of (field, missing)."""
+    read = {v: ViewConfig.model_validate({"kind": "x", "field": f, "missing": m}) for v, (f, m) in views.items()}
+    return ShardsConfig(train=train, **settings).build(read, train=True)
 
 
 def test_reads_every_sample_in_any_order(tmp_path: Path) -> None:
@@ -142,10 +146,9 @@ def test_remote_shards_are_fetched_once(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ValueError, match=r"pipe:false .*cannot be fetched"):
         build("pipe:false x", cache=cache)
     assert len(list(cache.glob("*.tar"))) == 1 and not list(cache.glob("*.partial"))
-    tars.index.save(tmp_path / "far.json")
     next(iter(cache.glob("*.tar"))).write_bytes(b"")
     with pytest.raises(ValueError, match=r"has 0 bytes, its index says .*remove"):
-        build(str(tmp_path / "far.json"), cache=cache)[0].read(0)
+        Tars(tars.index, cache=cache).read(0)
 
 
 def test_settings_that_cannot_be_meant() -> None:

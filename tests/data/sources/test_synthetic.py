@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mvpretrain.data.sources.synthetic import Synthetic, SyntheticConfig
+from mvpretrain.views import ViewConfig
 
 
 def exact(latent: np.ndarray) -> np.ndarray:
@@ -19,8 +20,20 @@ def mirrored(latent: np.ndarray) -> np.ndarray:
 SKETCHES = {"a": exact, "b": mirrored, "c": exact}
 
 
+class Drawn(ViewConfig):
+    """A view whose field is drawn by the function of that name in SKETCHES."""
+
+    kind: str = "drawn"
+
+    def sketch(self, latent: np.ndarray) -> np.ndarray:
+        return SKETCHES[self.field](latent)
+
+
+VIEWS = {f"view of {field}": Drawn(field=field) for field in SKETCHES}
+
+
 def source(train: bool = True, **settings: Any) -> Synthetic:
-    return SyntheticConfig.model_validate({"samples": 300, "eval_samples": 50} | settings).build(SKETCHES, train)[0]
+    return SyntheticConfig.model_validate({"samples": 300, "eval_samples": 50} | settings).build(VIEWS, train)[0]
 
 
 def test_views_show_one_latent_vector_and_its_class() -> None:
@@ -48,7 +61,7 @@ def test_samples_are_fixed_by_seed_and_number() -> None:
     for i in (5, 0, 5):
         assert (one.read(i).fields["a"] == two.read(i).fields["a"]).all()
         assert (one.read(i).fields["a"] != other.read(i).fields["a"]).all()
-    fewer = SyntheticConfig().build({"c": exact})[0]
+    fewer = SyntheticConfig().build({"c": VIEWS["view of c"]}, train=True)[0]
     assert (fewer.read(5).fields["c"] == one.read(5).fields["c"]).all()
 
 
@@ -58,7 +71,7 @@ def test_evaluation_has_other_samples_of_the_same_classes() -> None:
     assert (train.centres == evaluation.centres).all()
     latents = np.stack([train.latent(i)[1] for i in range(300)])
     assert min(np.abs(latents - evaluation.latent(i)[1]).max(axis=1).min() for i in range(50)) > 0.01
-    assert SyntheticConfig(eval_samples=0).build(SKETCHES, train=False) == []
+    assert SyntheticConfig(eval_samples=0).build(VIEWS, train=False) == []
 
 
 def test_missing_views() -> None:
