@@ -90,6 +90,9 @@ PLACES = {  # where a recipe may ask for code: the key, and what is written ther
     "encoder": (["towers", "text", "encoder"], {"kind": "outside:Any"}),
     "objective": (["objective"], {"kind": "outside:Any"}),
     "objective in a sum": (["objective"], {"kind": "sum", "terms": [{"objective": {"kind": "outside:Any"}}]}),
+    "data source": (["data"], {"kind": "outside:Any"}),
+    "logger": (["log"], {"also": [{"kind": "outside:Any"}]}),
+    "evaluator": (["evaluation"], {"also": [{"kind": "outside:Any"}]}),
     "optimizer": (["optimizer"], {"kind": "outside:Any"}),
     "DeepSpeed's options": (["engine"], {"options": {"torch_autocast": {"lower_precision_safe_modules": ["a.B"]}}}),
 }
