@@ -15,10 +15,10 @@ T = TypeVar("T")
 
 
 def map_tensors(change: Callable[..., Tensor], first: T, *others: T) -> T:
-    """A structure like `first`, each of whose tensors is `change` of the tensors in that place of all structures.
+    """A structure like `first`, in which each tensor is `change` of the corresponding tensors of all structures.
 
     Structures are tensors, None, and dicts and named tuples of structures; the others have at least the keys of
-    `first`, and a tensor where it has one.
+    `first`, and a tensor where `first` has one.
     """
     structures: tuple[Any, ...] = (first, *others)
     if isinstance(first, Tensor):

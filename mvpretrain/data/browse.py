@@ -1,4 +1,4 @@
-"""Samples as a person sees them: every field of some samples side by side, as one web page or one picture."""
+"""A look at samples: all fields of some samples side by side, as a web page or as a picture."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MIME |= {"wav": "audio/wav", "flac": "audio/flac", "ogg": "audio/ogg", "mp3": "a
 WINDOW = 256  # samples of a spectrogram's frame
 
 
-class Shown(NamedTuple):
+class ShownSample(NamedTuple):
     """One sample and where it comes from; `values` are decoded fields, or the error that decoding met."""
 
     key: str
@@ -50,7 +50,7 @@ def show(urls: str | Sequence[str], out: str | Path, count: int = 24, seed: int 
         raise ValueError(f"{out.name!r} ends in {out.suffix!r}; write a page to NAME.html or a picture to NAME.png")
     if count < 1:
         raise ValueError(f"count is {count}, at least 1 sample is shown")
-    samples = drawn(Index.find(urls, cache), count, seed, cache)
+    samples = choose_samples(Index.find(urls, cache), count, seed, cache)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".html":
         out.write_text(page(samples), encoding="utf-8")
@@ -63,14 +63,14 @@ def show(urls: str | Sequence[str], out: str | Path, count: int = 24, seed: int 
     return out
 
 
-def drawn(index: Index, count: int, seed: int, cache: Path | None) -> list[Shown]:
+def choose_samples(index: Index, count: int, seed: int, cache: Path | None) -> list[ShownSample]:
     tars = Tars(index, cache=cache)
     rows = np.random.default_rng(seed).permutation(len(index))[:count]
     shown = []
     for row in sorted(rows.tolist()):
         sample = tars.read(row)
         values = {field: decoded(field, raw) for field, raw in sample.fields.items()}
-        shown.append(Shown(sample.key, sample.id, Path(tars.url(row)).name, sample.fields, values))
+        shown.append(ShownSample(sample.key, sample.id, Path(tars.url(row)).name, sample.fields, values))
     return shown
 
 
@@ -85,12 +85,12 @@ def decoded(field: str, raw: bytes) -> Any:
         return error
 
 
-def columns(samples: Sequence[Shown]) -> list[str]:
+def columns(samples: Sequence[ShownSample]) -> list[str]:
     """The fields that get a column of their own; integers stand with the key, see `about`."""
     return sorted({f for sample in samples for f, value in sample.values.items() if not isinstance(value, int)})
 
 
-def about(sample: Shown) -> list[str]:
+def about(sample: ShownSample) -> list[str]:
     """Lines that say which sample this is."""
     numbers = [f"{field} {value}" for field, value in sample.values.items() if isinstance(value, int)]
     return [*numbers, f"id {sample.id}", sample.shard]
@@ -99,7 +99,7 @@ def about(sample: Shown) -> list[str]:
 # The page
 
 
-def page(samples: Sequence[Shown]) -> str:
+def page(samples: Sequence[ShownSample]) -> str:
     fields = columns(samples)
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ("sample", *fields))
     body = "\n".join(table_row(sample, fields) for sample in samples)
@@ -107,7 +107,7 @@ def page(samples: Sequence[Shown]) -> str:
     return PAGE.format(title=title, head=head, body=body)
 
 
-def table_row(sample: Shown, fields: Sequence[str]) -> str:
+def table_row(sample: ShownSample, fields: Sequence[str]) -> str:
     first = f"<b>{html.escape(sample.key)}</b>" + "".join(f"<small>{html.escape(s)}</small>" for s in about(sample))
     cells = [cell(f, sample.raws[f], sample.values[f]) if f in sample.raws else "<i>absent</i>" for f in fields]
     return "<tr>" + "".join(f"<td>{c}</td>" for c in (first, *cells)) + "</tr>"
@@ -153,7 +153,7 @@ def plot(value: Any) -> str:
 # The contact sheet
 
 
-def sheet(samples: Sequence[Shown]) -> Figure:
+def sheet(samples: Sequence[ShownSample]) -> Figure:
     """One row a sample, its fields side by side; several such blocks beside one another where fields are few."""
     fields = columns(samples)
     wide = len(fields) + 1
@@ -165,11 +165,11 @@ def sheet(samples: Sequence[Shown]) -> Figure:
     grid = figure.subplots(rows, wide * blocks, squeeze=False, gridspec_kw=spacing | {"wspace": 0.22, "hspace": 0.25})
     for axes in grid.flat:
         axes.axis("off")
-    for place, sample in enumerate(samples):
-        line = grid[place % rows, place // rows * wide :][:wide]
+    for number, sample in enumerate(samples):
+        line = grid[number % rows, number // rows * wide :][:wide]
         write_text(line[0], "\n".join([sample.key, *about(sample)]))
         for axes, field in zip(line[1:], fields):
-            if place % rows == 0:
+            if number % rows == 0:
                 axes.set_title(field, fontsize=10, fontweight="bold", parse_math=False)
             draw(axes, sample.values.get(field, "absent"))
     return figure
@@ -226,8 +226,8 @@ def draw_array(axes: Axes, array: np.ndarray) -> None:
         return
     channels = np.atleast_2d(array) if array.ndim == 1 or len(array) <= 16 else array.T
     step = 1.1 * max(float(np.nanmax(channels) - np.nanmin(channels)), 1e-12) if len(channels) > 1 else 0
-    for place, channel in enumerate(channels):
-        axes.plot(channel.astype(float) - place * step, ".-" if len(channel) < 32 else "-", linewidth=0.7)
+    for number, channel in enumerate(channels):
+        axes.plot(channel.astype(float) - number * step, ".-" if len(channel) < 32 else "-", linewidth=0.7)
     if step:
         axes.set_yticks([])
 

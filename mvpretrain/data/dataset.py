@@ -1,4 +1,4 @@
-"""Rows of a batch from draws: read, decode, augment, stack. This is what a worker does."""
+"""Batches from draws: read, decode, augment, stack. This is what a loader's worker does."""
 
 from __future__ import annotations
 
@@ -34,17 +34,20 @@ class Row(NamedTuple):
 # Each view's fields, of which the first that a sample has is read, and its transform.
 Transforms = Mapping[str, tuple[tuple[str, ...], Transform]]
 # Not a Counter: pinning copies a mapping by `update`, which doubles a Counter's counts.
-Read = tuple[Batch, dict[str, int]]
+ReadBatch = tuple[Batch, dict[str, int]]
 
 
-class Rows(Dataset[Read]):
-    """Draws to batches: read, decode, augment, stack."""
+class BatchReader(Dataset[ReadBatch]):
+    """Reads the batch of a list of draws: (batch, samples that cannot be used by reason).
+
+    The item of a view depends on (seed, source, position, view) alone, and torch's generator is left as it was.
+    """
 
     def __init__(self, sources: Sequence[Source], transforms: Transforms, seed: int):
         self.sources, self.transforms, self.seed = sources, transforms, seed
         self.blanks = {view: transform.blank() for view, (_, transform) in transforms.items()}
 
-    def __getitem__(self, draws: list[Draw]) -> Read:
+    def __getitem__(self, draws: list[Draw]) -> ReadBatch:
         with torch.random.fork_rng(devices=[]):
             rows = [self.row(draw) for draw in draws]
         batch = Batch(
@@ -71,11 +74,11 @@ class Rows(Dataset[Read]):
         return Row(views, sample.id, sample.label)
 
     def item(self, view: str, transform: Transform, raw: Any) -> View:
-        """The transform's item. BadSample: it fails, in whatever way, or gives another shape than its blank."""
+        """The transform's item. BadSample: it fails, in whatever way, or gives another shape than its blank item."""
         try:
             item = transform(raw)
         except Exception as error:
-            raise BadSample(f"{view}: {described(error)}") from error
+            raise BadSample(f"{view}: {reason_of(error)}") from error
         if layout(item) != layout(self.blanks[view]):
             raise BadSample(f"{view}: {layout(item)} where the blank item is {layout(self.blanks[view])}")
         return item
@@ -86,7 +89,7 @@ def layout(item: View) -> str:
     return f"{item.data.dtype} {list(item.data.shape)}{mask}".removeprefix("torch.")
 
 
-def described(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Kind and first words of an error, without the numbers that would make every sample a reason of its own."""
     words = re.sub(r"0x[0-9a-f]+|\d+", "#", str(error).partition("\n")[0])[:80]
     return f"{type(error).__name__}: {words}" if words else type(error).__name__

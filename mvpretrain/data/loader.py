@@ -16,11 +16,11 @@ from pydantic import Field
 from torch.utils.data import DataLoader
 
 from mvpretrain.config import Config
-from mvpretrain.data.dataset import Draw, Read, Rows, Transforms
+from mvpretrain.data.dataset import BatchReader, Draw, ReadBatch, Transforms
 from mvpretrain.data.order import Mix, Order
 from mvpretrain.types import Batch, Source
 
-JUDGED = 200  # samples that are seen before the share of bad ones counts
+JUDGED_FROM = 200  # samples, before which the share of bad ones is not judged
 
 
 class StreamConfig(Config):
@@ -42,7 +42,7 @@ class StreamConfig(Config):
 
 
 class Cursor(NamedTuple):
-    """A place between two global batches."""
+    """A position between two global batches."""
 
     step: int  # batches before it
     drawn: tuple[int, ...]  # samples before it, by source
@@ -51,7 +51,7 @@ class Cursor(NamedTuple):
 class Stream:
     """Batches of `batch` rows over `size` ranks, of which this rank gets rows [rank b, (rank + 1) b), b = batch / size.
 
-    `transforms` maps each view to the fields it may be read from, the first that is there counts, and its transform.
+    `transforms` maps each view to the fields that it may be read from, of which the first counts, and its transform.
     Order, mixing and augmentation depend on the seed and the cursor alone: another number of ranks or workers gives
     the same global batches, and a run may go on from a cursor with any of them. ValueError: a batch below 2 or not
     divisible by the ranks, a negative seed.
@@ -78,14 +78,14 @@ class Stream:
         self.sources, self.batch, self.seed, self.config, self.pin = sources, batch, seed, config, pin
         self.first, self.last = rank * batch // size, (rank + 1) * batch // size
         self.mix = Mix([s.weight for s in sources], seed, config.mix)
-        self.rows = Rows(sources, transforms, seed)
+        self.reader = BatchReader(sources, transforms, seed)
 
     def start(self) -> Cursor:
         return Cursor(0, (0,) * len(self.sources))
 
     def advance(self, cursor: Cursor) -> Cursor:
         """The cursor one global batch later."""
-        counts = np.bincount(self.mix.rows(cursor.step, self.batch), minlength=len(self.sources))
+        counts = np.bincount(self.mix.sources(cursor.step, self.batch), minlength=len(self.sources))
         return Cursor(cursor.step + 1, tuple(d + int(c) for d, c in zip(cursor.drawn, counts)))
 
     def batches(self, cursor: Cursor) -> Iterator[tuple[Batch, Cursor, Counter[str]]]:
@@ -110,19 +110,19 @@ class Stream:
         for batch, _ in self.once(np.arange(count) * total // count):
             yield batch
 
-    def once(self, samples: np.ndarray) -> Iterator[Read]:
+    def once(self, samples: np.ndarray) -> Iterator[ReadBatch]:
         """(this rank's rows, skipped samples by reason) of each batch of these samples, counted through all sources.
 
         All ranks get equally many batches of equal size; the last is filled with absent rows of id -1.
         """
-        yield from self.loader(self.slices(samples))
+        yield from self.loader(self.plan_once(samples))
 
     def plan(self, cursor: Cursor) -> Iterator[list[Draw]]:
         """What this rank draws in each batch from the cursor on."""
         shuffle, replacement = self.config.shuffle, self.config.replacement
         orders = [Order(s.counts, self.seed, shuffle, replacement, k) for k, s in enumerate(self.sources)]
         while True:
-            mixed = self.mix.rows(cursor.step, self.batch)
+            mixed = self.mix.sources(cursor.step, self.batch)
             draws: dict[int, Draw] = {}
             for k, order in enumerate(orders):
                 rows = np.flatnonzero(mixed == k)
@@ -133,7 +133,7 @@ class Stream:
             yield [draws[row] for row in range(self.first, self.last)]
             cursor = self.advance(cursor)
 
-    def slices(self, chosen: np.ndarray) -> Iterator[list[Draw]]:
+    def plan_once(self, chosen: np.ndarray) -> Iterator[list[Draw]]:
         """What this rank draws in each batch of the chosen samples."""
         ends = np.cumsum([s.counts.sum() for s in self.sources])
         for start in range(0, len(chosen), self.batch):
@@ -143,19 +143,19 @@ class Stream:
             draws = [Draw(k, i, i) for k, i in zip(sources.tolist(), samples.tolist())]
             yield draws + [Draw(-1, 0, 0)] * (self.last - self.first - len(draws))
 
-    def loader(self, draws: Iterable[list[Draw]]) -> DataLoader[Read]:
+    def loader(self, draws: Iterable[list[Draw]]) -> DataLoader[ReadBatch]:
         workers = self.config.workers
         return DataLoader(
-            self.rows,
+            self.reader,
             batch_size=None,
             sampler=draws,
             num_workers=workers,
             # Forked workers share the index and the imports; a fork server's would load both anew, each for itself.
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             prefetch_factor=-(-self.config.prefetch // workers) if workers else None,
-            collate_fn=unchanged,
+            collate_fn=as_read,
             pin_memory=self.pin,
-            worker_init_fn=obey_parent,
+            worker_init_fn=end_by_parent_alone,
             generator=torch.Generator(),  # else each start would draw from the training's own random numbers
         )
 
@@ -179,7 +179,7 @@ class BadSamples:
         self.in_row = self.in_row + rows if reasons.total() == rows else 0
         bad = self.reasons.total()
         limits = []
-        if self.rows >= JUDGED and bad > self.max_share * self.rows:
+        if self.rows >= JUDGED_FROM and bad > self.max_share * self.rows:
             limits.append(f"max_bad_share is {self.max_share:.2%}")
         if self.in_row > self.max_in_row:
             limits.append(f"max_bad_in_row is {self.max_in_row:,}, the last {self.in_row:,} were all bad")
@@ -191,14 +191,14 @@ class BadSamples:
             )
 
 
-def unchanged(read: Any) -> Any:
+def as_read(read: Any) -> Any:
     return read
 
 
-def obey_parent(worker: int) -> None:
-    """Let nobody but the training process end a worker: launchers and schedulers signal all processes at once.
+def end_by_parent_alone(worker: int) -> None:
+    """In a worker: take SIGTERM from the training process alone, since launchers and schedulers signal every process.
 
-    A signal's sender is told to `sigwaitinfo` alone, which needs a thread that waits.
+    Only `sigwaitinfo` says who sent a signal, and it needs a thread that waits.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 BLOCK = 4096  # draws with replacement that are made at once
-SHARDS, WINDOW, DRAWS, ROWS = range(4)  # purposes, so that no two draws share random numbers
+SHARDS, WINDOW, DRAWS, SOURCES = range(4)  # purposes, so that no two draws share random numbers
 
 
 class Order:
@@ -37,7 +37,7 @@ class Order:
         self.size = int(self.starts[-1])
         assert self.size > 0 and seed >= 0 and shuffle >= 0, (self.size, seed, shuffle)
         self.seed, self.source, self.shuffle, self.replacement = seed, source, shuffle, replacement
-        self.held: tuple[int, np.ndarray] = (0, np.arange(0))
+        self.current: tuple[int, np.ndarray] = (0, np.arange(0))  # the stretch drawn last
         self.planned: tuple[int, np.ndarray, list[int]] = (-1, np.arange(0), [])
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
@@ -54,29 +54,30 @@ class Order:
 
     def stretch(self, position: int) -> tuple[int, np.ndarray]:
         """(first position, samples) of the run of positions around this one that are drawn together."""
-        first, samples = self.held
+        first, samples = self.current
         if not first <= position < first + len(samples):
-            self.held = self.block(position // BLOCK) if self.replacement else self.window(*divmod(position, self.size))
-        return self.held
+            epoch, inside = divmod(position, self.size)
+            self.current = self.block(position // BLOCK) if self.replacement else self.window(epoch, inside)
+        return self.current
 
     def block(self, number: int) -> tuple[int, np.ndarray]:
         draws = words(BLOCK, self.seed, self.source, DRAWS, number) % np.uint64(self.size)
         return number * BLOCK, draws.astype(np.int64)
 
-    def window(self, epoch: int, place: int) -> tuple[int, np.ndarray]:
-        """The window of an epoch that holds its sample number `place`."""
+    def window(self, epoch: int, position: int) -> tuple[int, np.ndarray]:
+        """The window of an epoch that holds its position number `position`, counted from the epoch's start."""
         if self.planned[0] != epoch:
             self.planned = (epoch, *self.plan(epoch))
         _, shards, bounds = self.planned
         ends = np.concatenate([[0], np.cumsum(self.counts[shards])])[bounds]
-        number = int(np.searchsorted(ends, place, "right")) - 1
+        number = int(np.searchsorted(ends, position, "right")) - 1
         inside = shards[bounds[number] : bounds[number + 1]]
         samples = np.concatenate([self.starts[s] + np.arange(int(self.counts[s])) for s in inside.tolist()])
         shuffled = samples[permutation(len(samples), self.seed, self.source, WINDOW, epoch, number)]
         return epoch * self.size + int(ends[number]), shuffled
 
     def plan(self, epoch: int) -> tuple[np.ndarray, list[int]]:
-        """(shards in the epoch's order, bounds of the windows in it); a short rest joins the last window."""
+        """(shards in the epoch's order, bounds of its windows in that list); a short rest joins the last window."""
         shards = permutation(len(self.counts), self.seed, self.source, SHARDS, epoch)
         ends = np.cumsum(self.counts[shards])
         bounds, filled = [0], 0
@@ -97,9 +98,9 @@ class Mix:
         self.ends = np.cumsum(weights)[:-1] / np.sum(weights)
         self.seed, self.mode = seed, mode
 
-    def rows(self, step: int, batch: int) -> np.ndarray:
+    def sources(self, step: int, batch: int) -> np.ndarray:
         """The source of each of the batch's rows, int64."""
-        uniform = (words(batch, self.seed, 0, ROWS, step) >> np.uint64(11)) * 2.0**-53
+        uniform = (words(batch, self.seed, 0, SOURCES, step) >> np.uint64(11)) * 2.0**-53
         if self.mode == "batch":
             uniform = np.repeat(uniform[:1], batch)
         return np.searchsorted(self.ends, uniform, "right")

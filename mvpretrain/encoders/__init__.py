@@ -1,4 +1,4 @@
-"""The registry to encoders: a `View` in, one vector a sample out. One file a kind."""
+"""The registry of encoders: a `View` in, one vector a sample out. One file a kind."""
 
 from __future__ import annotations
 

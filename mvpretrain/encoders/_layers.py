@@ -1,4 +1,4 @@
-"""Parts that several encoders are built from: the transformer block, pooling under a mask, and care for parameters."""
+"""Parts that several encoders are built from: the transformer block, masks and pooling, blocks and parameters."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def checkpoint_activations(blocks: Iterable[nn.Module] | None) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def repeated(model: nn.Module) -> list[nn.Module] | None:
+def repeated_blocks(model: nn.Module) -> list[nn.Module] | None:
     """The repeated parts of a library's model, input side first, by the names libraries use; None where none fits."""
     names = ("resblocks", "blocks", "block", "layers", "layer", "stages", "h")
     found = [

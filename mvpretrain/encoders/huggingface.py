@@ -75,7 +75,7 @@ class HuggingFace(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module] | None:
-        return _layers.repeated(self.model)
+        return _layers.repeated_blocks(self.model)
 
     def forward(self, view: View) -> Float[Tensor, "b d"]:
         data, mask = view.data, _layers.never_empty(view.mask) if self.takes_mask else None
@@ -158,7 +158,7 @@ def _refuse_kernels(settings: Any) -> None:
 
 
 def _item(settings: Any, name: str) -> tuple[int | None, ...] | None:
-    """The shape of one item, None for any length; None altogether where the library's settings do not tell it."""
+    """The shape of one item, None for any length; None altogether where the library's settings do not say it."""
     if name == "pixel_values":
         size = getattr(settings, "image_size", None)
         sides = size if isinstance(size, list | tuple) else (size, size)

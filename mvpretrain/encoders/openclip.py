@@ -85,7 +85,7 @@ class OpenCLIP(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module] | None:
-        return _layers.repeated(self.tower)
+        return _layers.repeated_blocks(self.tower)
 
     def forward(self, view: View) -> Float[Tensor, "b d"]:
         if self.modality == "text":
@@ -131,7 +131,7 @@ class OpenCLIP(nn.Module):
 
 
 def class_token(block: Any, x: Float[Tensor, "b n d"], **_: None) -> Float[Tensor, "b 1 d"]:
-    """What one of open_clip's plain blocks gives for the first token, which attends to all."""
+    """The output of one of open_clip's plain blocks for the first token, which attends to all: `b n d` to `b 1 d`."""
     normed = block.ln_1(x)
     token = x[:, :1] + block.ls_1(block.attention(normed[:, :1], normed, normed))
     return token + block.ls_2(block.mlp(block.ln_2(token)))
@@ -148,19 +148,19 @@ def _architecture(config: OpenCLIPConfig) -> dict[str, Any]:
     for key in ("embed_dim", "vision_cfg", "text_cfg"):
         if key not in found:
             raise ValueError(f"openclip config has no {key!r}, got {sorted(found)}; see open_clip's model configs")
-    kept = {key: value for key, value in found.items() if key not in ("custom_text", "multimodal_cfg")}
+    settings = {key: value for key, value in found.items() if key not in ("custom_text", "multimodal_cfg")}
     if config.modality == "text":
         if "hf_model_name" in found["text_cfg"]:
             raise ValueError(
                 f"the text tower of {config.model or 'config'} is the hub's {found['text_cfg']['hf_model_name']!r}, "
                 "and nothing is downloaded; use kind huggingface with its folder"
             )
-        return {**kept, "vision_cfg": SMALLEST["vision_cfg"]}
-    if "timm_model_name" in kept["vision_cfg"]:
-        kept["vision_cfg"]["timm_model_pretrained"] = False
+        return {**settings, "vision_cfg": SMALLEST["vision_cfg"]}
+    if "timm_model_name" in settings["vision_cfg"]:
+        settings["vision_cfg"]["timm_model_pretrained"] = False
     if config.force_image_size:
-        kept["vision_cfg"]["image_size"] = config.force_image_size
-    return {**kept, "text_cfg": SMALLEST["text_cfg"]}
+        settings["vision_cfg"]["image_size"] = config.force_image_size
+    return {**settings, "text_cfg": SMALLEST["text_cfg"]}
 
 
 def _load(whole: Any, tower: Any, config: OpenCLIPConfig) -> None:

@@ -76,7 +76,7 @@ class Timm(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module] | None:
-        return _layers.repeated(self.model)
+        return _layers.repeated_blocks(self.model)
 
     def forward(self, view: View) -> Float[Tensor, "b d"]:
         check_items(view.data, self.item, "timm", "resize the view, or set the encoder's image_size and channels")

@@ -1,1 +1,1 @@
-"""WebDataset shards: what is in them (index), in which order (order), and as batches from any cursor (stream)."""
+"""WebDataset shards as files: packed (pack, plans), found (urls), indexed (headers, index) and checked (check)."""

@@ -1,4 +1,4 @@
-"""Does every sample of every shard decode? A pass over all bytes before a run is paid for."""
+"""Whether every sample of every shard decodes: one pass over all bytes, before a run is paid for."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from mvpretrain.shards.headers import read, refuse_foreign, text
+from mvpretrain.shards.headers import decode_name, read_headers, refuse_other_formats
 from mvpretrain.shards.urls import expand, local_copy, spelled_commands
 
 Views = Mapping[str, tuple[str | Sequence[str], Callable[[Any], Any]]]
 
 
-class Problem(NamedTuple):
+class Fault(NamedTuple):
+    """A field of a sample that does not decode."""
+
     shard: str
     key: str
     field: str
@@ -38,7 +40,7 @@ class Report(NamedTuple):
     samples: int
     ok: int  # samples of which every field decodes
     reasons: dict[str, int]  # "jpg: OSError" -> how often
-    examples: tuple[Problem, ...]  # the first few, at most two a reason
+    examples: tuple[Fault, ...]  # the first few, at most two a reason
     truncated: dict[str, str]  # shard -> what is wrong with the tar itself
     missing: dict[str, dict[str, int]]  # shard -> field -> how many of its samples lack it, where some sample has it
     duplicates: tuple[str, ...]  # keys that come more than once, in one shard or in several
@@ -54,13 +56,13 @@ class Audio(NamedTuple):
     rate: int  # samples a second
 
 
-class Part(NamedTuple):
-    """What one shard adds to the report."""
+class ShardFaults(NamedTuple):
+    """What was found in one shard."""
 
     url: str
     keys: list[str]
-    bad: set[int]  # places of the samples with a problem
-    problems: list[Problem]
+    bad: set[int]  # numbers of the samples with a fault
+    faults: list[Fault]
     fields: Counter[str]
     unchecked: Counter[str]
     broken: list[str]  # empty, or why the tar breaks off
@@ -83,16 +85,16 @@ def check(
     check_one = partial(check_shard, views=views, cache=cache, commands=spelled_commands(urls))
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         parts = list(pool.map(check_one, expand(urls)))
-    problems = [p for part in parts for p in part.problems]
+    faults = [fault for part in parts for fault in part.faults]
     keys = Counter((part.url if ids == "shard" else "", key) for part in parts for key in part.keys)
     seen = sum((part.fields for part in parts), Counter[str]())
     lacking = {p.url: {f: len(p.keys) - p.fields[f] for f in sorted(seen) if p.fields[f] < len(p.keys)} for p in parts}
-    kinds = [f"{p.field}: {p.reason.partition(':')[0]}" for p in problems]
+    kinds = [f"{p.field}: {p.reason.partition(':')[0]}" for p in faults]
     return Report(
         samples=keys.total(),
         ok=keys.total() - sum(len(part.bad) for part in parts),
         reasons=dict(Counter(kinds).most_common()),
-        examples=tuple(two_of_each(problems, kinds)[:examples]),
+        examples=tuple(two_of_each(faults, kinds)[:examples]),
         truncated={part.url: part.broken[0] for part in parts if part.broken},
         missing={url: fields for url, fields in lacking.items() if fields},
         duplicates=tuple(key for (_, key), n in keys.items() if n > 1 and ids != "key"),
@@ -100,27 +102,27 @@ def check(
     )
 
 
-def two_of_each(problems: Sequence[Problem], kinds: Sequence[str]) -> list[Problem]:
-    """The first two problems of every kind: one frequent problem must not hide the others."""
+def two_of_each(faults: Sequence[Fault], kinds: Sequence[str]) -> list[Fault]:
+    """The first two faults of each kind: one frequent fault must not hide the others."""
     met, shown = Counter[str](), []
-    for problem, kind in zip(problems, kinds):
+    for fault, kind in zip(faults, kinds):
         met[kind] += 1
         if met[kind] <= 2:
-            shown.append(problem)
+            shown.append(fault)
     return shown
 
 
-def check_shard(url: str, views: Views | None, cache: Path | None, commands: Collection[str]) -> Part:
+def check_shard(url: str, views: Views | None, cache: Path | None, commands: Collection[str]) -> ShardFaults:
     """One shard, sample by sample, up to where its tar breaks off."""
-    part = Part(url, [], set(), [], Counter(), Counter(), [])
+    part = ShardFaults(url, [], set(), [], Counter(), Counter(), [])
     try:
         for key, members in samples_of(url, cache, commands, part.broken):
-            found = of_views(members, views) if views else of_endings(members, part.unchecked)
+            found = faults_by_view(members, views) if views else faults_by_ending(members, part.unchecked)
             if found:
                 part.bad.add(len(part.keys))
             part.keys.append(key)
             part.fields.update(members.keys())
-            part.problems.extend(Problem(url, key, field, reason) for field, reason in found)
+            part.faults.extend(Fault(url, key, field, reason) for field, reason in found)
     except (OSError, ValueError) as error:
         part.broken.append(str(error))
     return part
@@ -131,16 +133,16 @@ def samples_of(
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(key, raw fields) of a shard's samples; why the tar breaks off, where it does, is added to `broken`."""
     with local_copy(url, cache, commands=commands).open("rb") as file:
-        refuse_foreign(file.read(512), url)
+        refuse_other_formats(file.read(512), url)
         with mmap(file.fileno(), 0, access=ACCESS_READ) as tar:
-            headers = read(tar, url)
+            headers = read_headers(tar, url)
             broken += [headers.reason] if headers.reason else []
             for sample, members in groupby(headers.members, key=lambda member: member[0]):
                 raws = {headers.fields[field]: tar[offset : offset + size] for _, field, offset, size in members}
-                yield text(headers.keys[sample]), raws
+                yield decode_name(headers.keys[sample]), raws
 
 
-def of_endings(members: Mapping[str, bytes], unchecked: Counter[str]) -> list[tuple[str, str]]:
+def faults_by_ending(members: Mapping[str, bytes], unchecked: Counter[str]) -> list[tuple[str, str]]:
     """(field, reason) of the fields that do not decode by their ending."""
     found = []
     for field, raw in members.items():
@@ -154,8 +156,8 @@ def of_endings(members: Mapping[str, bytes], unchecked: Counter[str]) -> list[tu
     return found
 
 
-def of_views(members: Mapping[str, bytes], views: Views) -> list[tuple[str, str]]:
-    """(field, reason) of the fields whose view cannot be made; a sample without any view is a problem as well."""
+def faults_by_view(members: Mapping[str, bytes], views: Views) -> list[tuple[str, str]]:
+    """(field, reason) of the fields whose view cannot be made; a sample without any view is a fault as well."""
     found, made = [], 0
     for fields, transform in views.values():
         field = next((f for f in alternatives(fields) if f in members), None)

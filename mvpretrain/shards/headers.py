@@ -17,12 +17,12 @@ FILES = {b"0", b"\0", b"7"}
 NO_BODY = {b"1", b"2", b"3", b"4", b"5", b"6"}  # links, devices, folders, pipes: their size counts no bytes here
 EXTENDED = {b"x", b"X", b"g", b"L", b"K"}
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-TOLD = (b"path=", b"size=", b"GNU.sparse")  # what matters in pax headers: most say nothing but the time
+PAX_KEYS = (b"path=", b"size=", b"GNU.sparse")  # of the records that matter: most pax headers hold times alone
 MOST_FIELDS = 256
 
 
-class Cut(ValueError):
-    """The archive cannot be followed beyond this point; the message says why."""
+class DamagedTar(ValueError):
+    """The archive cannot be read beyond this point; the message says why."""
 
 
 class Member(NamedTuple):
@@ -36,8 +36,8 @@ def walk(tar: bytes | mmap) -> Iterator[tuple[bytes, int, int, int]]:
     """(name, head, offset, size) of each regular file; `head` is where its headers begin, extended ones included.
 
     Understands ustar prefixes, GNU long names, pax headers (path, size) and sizes beyond 8 GiB. Ends at the
-    end-of-archive mark. Cut: the member just given, or a header, reaches beyond the file; a header is none; the mark is
-    missing or lies long before the end of the file; or a member is stored sparsely.
+    end-of-archive mark. DamagedTar: the member just given, or a header, reaches beyond the file; a header is none; the
+    mark is missing or lies long before the end of the file; or a member is stored sparsely.
     """
     end, head = len(tar), 0
     defaults: dict[bytes, bytes] = {}
@@ -48,9 +48,11 @@ def walk(tar: bytes | mmap) -> Iterator[tuple[bytes, int, int, int]]:
         if found.kind not in NO_BODY:
             head += blocks(found.size)
             if found.offset + found.size > end:
-                raise Cut(f"cut inside {text(found.name)!r}, {found.offset + found.size - end:,} bytes are missing")
+                raise DamagedTar(
+                    f"cut inside {decode_name(found.name)!r}, {found.offset + found.size - end:,} bytes are missing"
+                )
     if end - head > PADDING:
-        raise Cut(f"the end-of-archive mark is at byte {head:,} of {end:,}; what follows cannot be read")
+        raise DamagedTar(f"the end-of-archive mark is at byte {head:,} of {end:,}; what follows cannot be read")
 
 
 def member(tar: bytes | mmap, at: int, defaults: dict[bytes, bytes]) -> Member | None:
@@ -66,17 +68,17 @@ def member(tar: bytes | mmap, at: int, defaults: dict[bytes, bytes]) -> Member |
             break
         record = tar[body : body + size]
         if len(record) < size:
-            raise Cut(f"cut inside an extended header at byte {at:,}")
+            raise DamagedTar(f"cut inside an extended header at byte {at:,}")
         if kind == b"L":
             own[b"path"] = record.rstrip(b"\0")
-        elif kind != b"K" and any(word in record for word in TOLD):
+        elif kind != b"K" and any(word in record for word in PAX_KEYS):
             (defaults if kind == b"g" else own).update(pax(record, at))
         at = body + blocks(size)
     if own or defaults:
         own = defaults | own
         size = int(own.get(b"size", size))
     if kind == b"S" or any(key.startswith(b"GNU.sparse") for key in own):
-        raise Cut(f"the member at byte {at:,} is stored sparsely; pack it again without tar's --sparse")
+        raise DamagedTar(f"the member at byte {at:,} is stored sparsely; pack it again without tar's --sparse")
     return Member(own.get(b"path") or ustar_name(header), kind, body, size)
 
 
@@ -94,7 +96,7 @@ def number(field: bytes, at: int) -> int:
     try:
         return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
     except ValueError:
-        raise Cut(f"the header at byte {at:,} is damaged: its size reads {field!r}") from None
+        raise DamagedTar(f"the header at byte {at:,} is damaged: its size reads {field!r}") from None
 
 
 def pax(record: bytes, at: int) -> dict[bytes, bytes]:
@@ -106,7 +108,7 @@ def pax(record: bytes, at: int) -> dict[bytes, bytes]:
             line = record[start + len(digits) + 1 : start + int(digits) - 1]
             key, value = line.split(b"=", 1)
         except ValueError:
-            raise Cut(f"the pax header at byte {at:,} is damaged") from None
+            raise DamagedTar(f"the pax header at byte {at:,} is damaged") from None
         found[key] = value
         start += int(digits)
     return found
@@ -114,12 +116,12 @@ def pax(record: bytes, at: int) -> dict[bytes, bytes]:
 
 def check_header(header: bytes, at: int) -> None:
     if len(header) < BLOCK:
-        raise Cut(f"cut inside a header at byte {at:,}" if header else "the end-of-archive mark is missing")
-    if header[257:262] != b"ustar" and header != END and not has_checksum(header):
-        raise Cut(f"no tar header at byte {at:,}")
+        raise DamagedTar(f"cut inside a header at byte {at:,}" if header else "the end-of-archive mark is missing")
+    if header[257:262] != b"ustar" and header != END and not checksum_matches(header):
+        raise DamagedTar(f"no tar header at byte {at:,}")
 
 
-def has_checksum(header: bytes) -> bool:
+def checksum_matches(header: bytes) -> bool:
     """Whether the header's bytes, its checksum field read as spaces, add up to that field."""
     try:
         stated = int(header[148:156].strip(b" \0") or b"0", 8)
@@ -134,9 +136,9 @@ def blocks(size: int) -> int:
 
 
 def key_and_field(name: bytes) -> tuple[bytes, bytes]:
-    """A name cut at the first dot of its last part, as WebDataset cuts it; both empty for files that are no field.
+    """(key, field) of a file name, cut at the first dot of its last part, as WebDataset does; empty where it has none.
 
-    Those are hidden files, names without an ending, and the `__meta__` files that WebDataset skips.
+    Files without a field are hidden files, names without an ending, and the `__meta__` files that WebDataset skips.
     """
     start = name.rfind(b"/") + 1
     dot = name.find(b".", start)
@@ -150,12 +152,12 @@ def is_meta(name: bytes) -> bool:
     return len(first) >= 4 and first.endswith(b"__")
 
 
-def text(name: bytes) -> str:
+def decode_name(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
 class Headers(NamedTuple):
-    """What the headers of one tar tell of its samples; `reason` is what stopped the walk, or empty."""
+    """What the headers of one tar say of its samples; `reason` is what stopped the walk, or empty."""
 
     keys: list[bytes]
     heads: list[int]  # where each sample's first header begins
@@ -164,8 +166,8 @@ class Headers(NamedTuple):
     reason: str
 
 
-def read(tar: mmap, url: str) -> Headers:
-    """The samples of a tar: neighbours of one key. Of a damaged tar, those that are whole for certain.
+def read_headers(tar: mmap, url: str) -> Headers:
+    """The samples of a tar, which are runs of members with one key; of a damaged tar, those that are surely whole.
 
     A field that comes again under the same key begins another sample. ValueError: more than 256 fields.
     """
@@ -178,7 +180,7 @@ def read(tar: mmap, url: str) -> Headers:
             if not key:
                 continue
             if ending not in numbers:
-                numbers[ending] = number_of(text(ending).lower(), found.fields, url)
+                numbers[ending] = field_number(decode_name(ending).lower(), found.fields, url)
             field = numbers[ending]
             if not found.keys or key != found.keys[-1] or field in seen:
                 found.keys.append(key)
@@ -186,15 +188,15 @@ def read(tar: mmap, url: str) -> Headers:
                 seen.clear()
             seen.add(field)
             found.members.append((len(found.keys) - 1, field, offset, size))
-    except Cut as cut:
-        # Nothing tells whether the last sample had more members behind the cut.
+    except DamagedTar as cut:
+        # The last sample may have had more members behind the damage.
         whole = [m for m in found.members if m[0] < len(found.keys) - 1]
         return Headers(found.keys[:-1], found.heads[:-1], found.fields, whole, str(cut))
     return found
 
 
-def number_of(field: str, fields: list[str], url: str) -> int:
-    """The field's place in a list that it is added to where it is new."""
+def field_number(field: str, fields: list[str], url: str) -> int:
+    """The field's number in a list, which it is added to if it is new."""
     if field not in fields:
         fields.append(field)
         check_fields(fields, url)
@@ -209,12 +211,12 @@ def check_fields(fields: Sequence[str], url: str) -> None:
         )
 
 
-def refuse_foreign(start: bytes, url: str) -> None:
+def refuse_other_formats(start: bytes, url: str) -> None:
     """ValueError where a file does not begin as a plain tar does."""
     for magic, name in COMPRESSED.items():
         if start.startswith(magic):
-            raise ValueError(f"{url!r} is compressed ({name}), samples are read at random places: decompress it first")
+            raise ValueError(f"{url!r} is compressed ({name}), samples are read at random offsets: decompress it first")
     try:
         check_header(start, 0)
-    except Cut as cut:
+    except DamagedTar as cut:
         raise ValueError(f"{url!r} is not a tar archive ({cut}); remove it, or pack or fetch it again") from None

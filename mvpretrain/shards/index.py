@@ -1,4 +1,4 @@
-"""What is in a list of tars: samples per shard, fields, and where in its tar every field of every sample lies."""
+"""The index of shards: their samples, the fields, and at which byte of which tar each field of each sample lies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mvpretrain.files import FORMATS, check_format, whole_file, write_text
-from mvpretrain.shards.headers import check_fields, read, refuse_foreign
+from mvpretrain.shards.headers import check_fields, read_headers, refuse_other_formats
 from mvpretrain.shards.urls import expand, is_remote, local_copy, spelled_commands
 
 SHARD, ID, HEAD, FIELDS = 0, 1, 2, 3  # columns of the member table; from FIELDS on, offset and size of each field
@@ -24,6 +24,8 @@ REMEDY = "write the index anew with `mvpretrain shards index`"
 
 
 class Shard(NamedTuple):
+    """One tar."""
+
     url: str
     nsamples: int
     filesize: int  # bytes
@@ -31,6 +33,8 @@ class Shard(NamedTuple):
 
 
 class Problem(NamedTuple):
+    """A damage of a shard as a whole."""
+
     url: str
     reason: str
 
@@ -64,7 +68,7 @@ class Index:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker that is not forked maps the file again instead of being sent its contents.
-        return reopened, (self.shards, self.fields, self.file or self.table, self.problems, self.unique, self.commands)
+        return reopen, (self.shards, self.fields, self.file or self.table, self.problems, self.unique, self.commands)
 
     def offset(self, field: str) -> int:
         """The table's column with the offset of a field; its size is in the next one."""
@@ -72,7 +76,7 @@ class Index:
 
     @classmethod
     def find(cls, urls: str | Sequence[str], cache: Path | None = None) -> Index:
-        """The index of these shards: the `index.json` beside them where it is right, else read from their headers.
+        """The index of these shards: from the `index.json` beside them if it fits them, else from their headers.
 
         A url that ends in .json is itself a written index. ValueError: as `load`, `scan` and `expand`.
         """
@@ -83,13 +87,13 @@ class Index:
         parts, commands = [], spelled_commands(urls)
         for folder, group in groupby(expand(urls), key=lambda url: None if is_remote(url) else Path(url).parent):
             shards = list(group)
-            written = beside(folder) if folder else None
+            written = index_in(folder) if folder else None
             numbers = {s.url: k for k, s in enumerate(written.shards)} if written else {}
             if written and all(url in numbers for url in shards):
                 parts.append(written.pick([numbers[url] for url in shards]))
             else:
                 parts += [scan_shard(url, cache, commands) for url in shards]
-        return filled(concat(parts))
+        return nonempty(concat(parts))
 
     @classmethod
     def scan(cls, urls: str | Sequence[str], cache: Path | None = None) -> Index:
@@ -98,7 +102,7 @@ class Index:
         A tar that ends too early gives its whole samples and an entry in `problems`. ValueError: a file that is
         missing, compressed or no tar, remote shards without a cache, shards without any sample.
         """
-        return scanned(urls, cache, spelled_commands(urls))
+        return scan_urls(urls, cache, spelled_commands(urls))
 
     def save(self, path: str | Path) -> None:
         """JSON that webdataset's `wids` reads too, and `<stem>.members.npy` beside it; each replaced as a whole.
@@ -133,12 +137,12 @@ class Index:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{str(path)!r} is no shard index: {type(error).__name__}: {error}; {REMEDY}") from error
         if not members_of(path).exists() or "fields" not in content:
-            return scanned(urls, cache)
+            return scan_urls(urls, cache)
         try:
             check_format("index", content.get("format"), path)
         except ValueError as error:
             warnings.warn(f"{error}; until then its shards are read anew", stacklevel=2)
-            return scanned(urls, cache)
+            return scan_urls(urls, cache)
         shards = [Shard(url, e["nsamples"], e["filesize"], e["fields"]) for url, e in zip(urls, entries)]
         for shard in shards:
             check_size(shard, path)
@@ -153,8 +157,8 @@ class Index:
         if list(numbers) == list(range(len(self.shards))):
             return self
         tables = [self.table[self.starts[n] : self.starts[n + 1]].copy() for n in numbers]
-        for place, table in enumerate(tables):
-            table[:, SHARD] = place
+        for number, table in enumerate(tables):
+            table[:, SHARD] = number
         shards = [self.shards[n] for n in numbers]
         problems = [p for p in self.problems if p.url in {s.url for s in shards}]
         return Index(shards, self.fields, np.concatenate(tables), problems, self.unique, commands=self.commands)
@@ -184,27 +188,27 @@ def concat(parts: Sequence[Index]) -> Index:
     return Index(shards, fields, table, [p for part in parts for p in part.problems], commands=commands)
 
 
-def filled(index: Index) -> Index:
-    """ValueError where there is no sample at all."""
+def nonempty(index: Index) -> Index:
+    """The index itself. ValueError: it has no sample."""
     if not len(index):
         reason = index.problems[0].reason if index.problems else "no file in them has a name of the form key.field"
         raise ValueError(f"no samples in {index.shards[0].url!r} and {len(index.shards) - 1:,} others: {reason}")
     return index
 
 
-def scanned(urls: str | Sequence[str], cache: Path | None, commands: Collection[str] = ()) -> Index:
-    """The index of shards, from their headers."""
-    return filled(concat([scan_shard(url, cache, commands) for url in expand(urls)]))
+def scan_urls(urls: str | Sequence[str], cache: Path | None, commands: Collection[str] = ()) -> Index:
+    """The index of shards, read from their headers. ValueError: there is no sample."""
+    return nonempty(concat([scan_shard(url, cache, commands) for url in expand(urls)]))
 
 
 def scan_shard(url: str, cache: Path | None, commands: Collection[str] = ()) -> Index:
-    """The index of one tar, from its headers."""
+    """The index of one tar, read from its headers."""
     path = local_copy(url, cache, commands=commands)
     size = path.stat().st_size
     with path.open("rb") as file:
-        refuse_foreign(file.read(512), url)
+        refuse_other_formats(file.read(512), url)
         with mmap(file.fileno(), 0, access=ACCESS_READ) as tar:
-            found = read(tar, url)
+            found = read_headers(tar, url)
     fields = sorted(found.fields)
     column = np.array([FIELDS + 2 * fields.index(field) for field in found.fields], np.int64)
     row, field, offset, length = np.array(found.members, np.int64).reshape(-1, 4).T
@@ -217,15 +221,15 @@ def scan_shard(url: str, cache: Path | None, commands: Collection[str] = ()) -> 
     return Index([Shard(url, len(table), size, counts)], fields, table, problems, commands=commands)
 
 
-def beside(folder: Path) -> Index | None:
-    """The index written in this folder, None where there is none that is ours and right."""
+def index_in(folder: Path) -> Index | None:
+    """The index that is written in this folder; None where there is none of ours, or it no longer fits the shards."""
     try:
         return Index.load(folder / "index.json") if members_of(folder / "index.json").exists() else None
     except ValueError:
         return None
 
 
-def reopened(
+def reopen(
     shards: list[Shard],
     fields: list[str],
     table: np.ndarray | Path,

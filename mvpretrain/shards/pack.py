@@ -17,7 +17,7 @@ import numpy as np
 
 from mvpretrain.files import fresh_folder
 from mvpretrain.shards.index import Index
-from mvpretrain.shards.plans import BINARY, Plan, folder_plans, labelled, safe, table_plans
+from mvpretrain.shards.plans import BINARY, folder_plans, labelled, refuse_repeats, safe, table_plans
 
 
 class Written(NamedTuple):
@@ -49,7 +49,7 @@ def pack(
 
     Folder: `a/000.jpg` and `a/000.fou.npy` are the fields `jpg` and `fou.npy` of the sample `a_000`; a field is all
     that follows the first dot. `fields` takes only those. With `label_folders` the first sub-folder is the class: its
-    place among the sorted names, or in the list that is given, is stored as `cls`, the names in `out/classes.json`.
+    number among the sorted names, or in the list that is given, is stored as `cls`, the names in `out/classes.json`.
 
     Table (.csv .tsv .jsonl .parquet): a column with a value that is a file, relative to the table, or whose name or
     first value has the ending of a binary file, holds paths, and every value in it must be a file. Its field is the
@@ -119,7 +119,7 @@ def write(
         raise ValueError(f"shard_samples={shard_samples} shard_bytes={shard_bytes}: both must be at least 1")
     keys: set[str] = set()
     counts = Counter[str]()
-    with Roll(Path(out), name, shard_samples, shard_bytes) as roll:
+    with ShardWriter(Path(out), name, shard_samples, shard_bytes) as writer:
         for sample in samples:
             key = sample["__key__"]
             if not key or key != safe(key) or key in keys:
@@ -128,50 +128,50 @@ def write(
             members = {f: encode(f, v, key) for f, v in sample.items() if not f.startswith("__")}
             if not members:
                 raise ValueError(f"sample {key!r} has no field; leave it out")
-            roll.add(key, members)
+            writer.add(key, members)
             keys.add(key)
             counts.update(members.keys())
-    return Written(len(keys), sum(p.stat().st_size for p in roll.shards), tuple(roll.shards), dict(counts))
+    return Written(len(keys), sum(p.stat().st_size for p in writer.shards), tuple(writer.shards), dict(counts))
 
 
-class Roll:
-    """A row of tar files; the next one is opened when a sample does not fit."""
+class ShardWriter:
+    """Writes samples to numbered tar files; the next one is opened when a sample does not fit."""
 
     def __init__(self, out: Path, name: str, shard_samples: int, shard_bytes: int):
         self.out, self.name, self.shard_samples, self.shard_bytes = out, name, shard_samples, shard_bytes
         self.shards: list[Path] = []
         self.tar: tarfile.TarFile | None = None
-        self.held = 0
+        self.samples = 0
         self.opened = ExitStack()
 
-    def __enter__(self) -> Roll:
+    def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.opened.close()
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
-        tar, size = self.tar, sum(BLOCKSIZE + padded(len(data), BLOCKSIZE) for data in members.values())
-        if tar is None or self.held == self.shard_samples or tar_size(tar.offset + size) > self.shard_bytes:
+        tar, size = self.tar, sum(BLOCKSIZE + rounded_up(len(data), BLOCKSIZE) for data in members.values())
+        if tar is None or self.samples == self.shard_samples or tar_size(tar.offset + size) > self.shard_bytes:
             self.opened.close()
             self.shards.append(self.out / f"{self.name}-{len(self.shards):06d}.tar")
             file = tarfile.open(self.shards[-1], "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115  ExitStack closes it
             tar = self.tar = self.opened.enter_context(file)
-            self.held = 0
+            self.samples = 0
         for field, data in sorted(members.items()):
             entry = tarfile.TarInfo(f"{key}.{field}")  # its time is 0, so that equal samples give equal tars
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
-        self.held += 1
+        self.samples += 1
 
 
-def padded(size: int, block: int) -> int:
+def rounded_up(size: int, block: int) -> int:
     return -(-size // block) * block
 
 
 def tar_size(members: int) -> int:
     """Bytes of a tar with so many bytes of members: two empty blocks end it, whole records fill it."""
-    return padded(members + 2 * BLOCKSIZE, RECORDSIZE)
+    return rounded_up(members + 2 * BLOCKSIZE, RECORDSIZE)
 
 
 def encode(field: str, value: Any, key: str) -> bytes:
@@ -197,15 +197,3 @@ def array_bytes(array: np.ndarray) -> bytes:
     stream = io.BytesIO()
     np.save(stream, array, allow_pickle=False)
     return stream.getvalue()
-
-
-def refuse_repeats(plans: Sequence[Plan]) -> None:
-    """ValueError where two plans have one key, before anything is read."""
-    origins: dict[str, str] = {}
-    for plan in plans:
-        if plan.key in origins:
-            raise ValueError(
-                f"key {plan.key!r} comes twice, from {origins[plan.key]!r} and {plan.origin!r}; "
-                "keys must be unique, also after dots and slashes become '_': rename one"
-            )
-        origins[plan.key] = plan.origin

@@ -36,12 +36,24 @@ def safe(name: str) -> str:
     return re.sub(r"[^\w-]+", "_", name)
 
 
+def refuse_repeats(plans: Sequence[Plan]) -> None:
+    """ValueError where two plans have one key, before anything is read."""
+    origins: dict[str, str] = {}
+    for plan in plans:
+        if plan.key in origins:
+            raise ValueError(
+                f"key {plan.key!r} comes twice, from {origins[plan.key]!r} and {plan.origin!r}; "
+                "keys must be unique, also after dots and slashes become '_': rename one"
+            )
+        origins[plan.key] = plan.origin
+
+
 def folder_plans(source: Path, fields: Sequence[str]) -> list[Plan]:
     """The files of a folder and its sub-folders, hidden ones left out, grouped by all that precedes the first dot."""
     groups: dict[str, dict[str, Path]] = {}
     for path in sorted(p for p in source.rglob("*") if p.is_file()):
-        place = path.relative_to(source)
-        if any(part.startswith(".") for part in place.parts):
+        name = path.relative_to(source)
+        if any(part.startswith(".") for part in name.parts):
             continue
         stem, _, ending = path.name.partition(".")
         field = ending.lower()
@@ -49,24 +61,24 @@ def folder_plans(source: Path, fields: Sequence[str]) -> list[Plan]:
             continue
         if not FIELD.fullmatch(field):
             raise ValueError(
-                f"file {str(place)!r} would be the field {field!r}; what follows the first dot of a name must be an "
+                f"file {str(name)!r} would be the field {field!r}; what follows the first dot of a name must be an "
                 "ending such as 'jpg' or 'fou.npy': rename it, or list the fields to pack"
             )
-        group = groups.setdefault(str(place.with_name(stem)), {})
+        group = groups.setdefault(str(name.with_name(stem)), {})
         if field in group:
-            raise ValueError(f"files {str(place)!r} and {group[field].name!r} are one field of one sample; remove one")
+            raise ValueError(f"files {str(name)!r} and {group[field].name!r} are one field of one sample; remove one")
         group[field] = path
     return [Plan(safe(stem), stem, dict(group)) for stem, group in groups.items()]
 
 
 def labelled(source: Path, plans: list[Plan], classes: Sequence[str] | None) -> tuple[list[Plan], list[str]]:
-    """Plans with a field `cls`, the place of their first sub-folder among the classes; and the classes."""
+    """Plans with a field `cls`, the number of their first sub-folder among the classes; and the classes."""
     folders = []
     for plan in plans:
-        place = next(iter(plan.fields.values())).relative_to(source)
-        if len(place.parts) < 2 or "cls" in plan.fields:
-            raise ValueError(f"{str(place)!r} lies in no class folder or has a '.cls' file; pack without label folders")
-        folders.append(place.parts[0])
+        name = next(iter(plan.fields.values())).relative_to(source)
+        if len(name.parts) < 2 or "cls" in plan.fields:
+            raise ValueError(f"{str(name)!r} lies in no class folder or has a '.cls' file; pack without label folders")
+        folders.append(name.parts[0])
     names = list(classes or sorted(set(folders)))
     for folder in folders:
         if folder not in names:

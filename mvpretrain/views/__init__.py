@@ -1,4 +1,4 @@
-"""The registry to views: one raw field of a sample to one item of fixed shape. One file a kind."""
+"""The registry of views: one raw field of a sample to one item of fixed shape. One file a kind."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ registry = Registry("mvpretrain.views", ViewConfig, ExternalView, "view")
 
 
 def piece(values: Tensor, length: int, train: bool) -> View:
-    """`n ...` to `length ...`: of what is too long a random piece (in evaluation the start), zeros after what is short.
+    """`n ...` to `length ...`: a random piece of what is longer (in evaluation its start), zeros after what is shorter.
 
-    The mask is True on what was there.
+    The mask is True on the values, False on the zeros.
     """
-    spare = len(values) - length
-    start = int(torch.randint(spare + 1, ())) if train and spare > 0 else 0
+    surplus = len(values) - length
+    start = int(torch.randint(surplus + 1, ())) if train and surplus > 0 else 0
     found = values[start : start + length]
     mask = torch.arange(length) < len(found)
     return View(torch.cat([found, found.new_zeros(length - len(found), *found.shape[1:])]), mask)

@@ -121,12 +121,12 @@ class AudioTransform:
 
     def __call__(self, raw: Any) -> View:
         c = self.config
-        wave, there = piece(waveform(raw, c.rate), c.samples, self.train)
-        assert there is not None
+        wave, inside = piece(waveform(raw, c.rate), c.samples, self.train)
+        assert inside is not None
         if self.train and self.augment.gain:
             wave = wave * 10 ** (self.augment.gain * float(torch.empty(()).uniform_(-1, 1)) / 20)
         x = (mel_spectrogram(wave, self.filters, c.fft, c.window, c.hop) + 1e-6).log()
-        mask = torch.arange(c.frames) < 1 + int(there.sum()) // c.hop
+        mask = torch.arange(c.frames) < 1 + int(inside.sum()) // c.hop
         x = normalized(x, mask, c.normalize)
         if self.train:
             x = spec_augmented(x, mask, self.augment)
@@ -242,15 +242,15 @@ def spec_augmented(
     """Bands of time and of frequency set to the clip's mean; a width is uniform from 0 to its share of the clip."""
     fill, frames, mels = x[mask].mean(), int(mask.sum()), x.shape[1]
     for _ in range(augment.time_masks):
-        x = torch.where(band(frames, augment.time_width, len(x))[:, None], fill, x)
+        x = torch.where(random_band(frames, augment.time_width, len(x))[:, None], fill, x)
     for _ in range(augment.frequency_masks):
-        x = torch.where(band(mels, augment.frequency_width, mels), fill, x)
+        x = torch.where(random_band(mels, augment.frequency_width, mels), fill, x)
     return x
 
 
-def band(count: int, share: float, length: int) -> Bool[Tensor, " length"]:
+def random_band(count: int, fraction: float, length: int) -> Bool[Tensor, " length"]:
     """True on a random run among the first `count` of `length`."""
-    width = int(torch.randint(int(share * count) + 1, ()))
+    width = int(torch.randint(int(fraction * count) + 1, ()))
     start = int(torch.randint(count - width + 1, ()))
     where = torch.arange(length)
     return (where >= start) & (where < start + width)

@@ -49,7 +49,7 @@ class TextConfig(ViewConfig):
 
     def vocabulary(self) -> int:
         """The number of ids that the tokenizer may give, for the encoder's table."""
-        return load(self.tokenizer).vocabulary
+        return load_tokenizer(self.tokenizer).vocabulary
 
     def sketch(self, latent: np.ndarray) -> str | dict[str, Any]:
         """One syllable a coordinate: the consonant tells which, the vowel its value in five steps."""
@@ -86,7 +86,7 @@ class TextTransform:
 
     def __init__(self, config: TextConfig, train: bool):
         self.config, self.train = config, train
-        self.tokenizer = load(config.tokenizer)
+        self.tokenizer = load_tokenizer(config.tokenizer)
 
     def __call__(self, raw: Any) -> View:
         texts = candidates(raw, self.config.key, self.config.lines)
@@ -143,7 +143,7 @@ def pick(raw: Any, key: str) -> Any:
     return found
 
 
-def load(name: str) -> Tokenizer:
+def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of this name, from files that are already here."""
     scheme, _, source = name.partition(":")
     if scheme == "openclip":

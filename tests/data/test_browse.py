@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvpretrain.data.browse import drawn, sheet, show
+from mvpretrain.data.browse import choose_samples, sheet, show
 from mvpretrain.shards.index import Index
 from mvpretrain.shards.pack import write
 from tests.shards.test_check import picture, tone
@@ -80,7 +80,7 @@ def test_sheet(shards: str, tmp_path: Path) -> None:
 
 def test_samples_of_few_fields_stand_beside_one_another(tmp_path: Path) -> None:
     write([{"__key__": f"key-{i}", "txt": f"text {i}"} for i in range(9)], tmp_path, "x")
-    figure = sheet(drawn(Index.find(str(tmp_path)), 9, 0, None))
+    figure = sheet(choose_samples(Index.find(str(tmp_path)), 9, 0, None))
     place = {t.get_text().split("\n")[0]: axes.get_position() for axes in figure.axes for t in axes.texts}
     assert len({(p.x0, p.y0) for p in place.values()}) == len(place) == 18
     assert all(place[f"key-{i}"].y0 == place[f"text {i}"].y0 for i in range(9))
@@ -89,7 +89,7 @@ def test_samples_of_few_fields_stand_beside_one_another(tmp_path: Path) -> None:
 
 def test_samples_are_drawn_by_the_seed(shards: str) -> None:
     def keys(seed: int) -> list[str]:
-        return [sample.key for sample in drawn(Index.find(shards), 3, seed, None)]
+        return [sample.key for sample in choose_samples(Index.find(shards), 3, seed, None)]
 
     assert keys(0) == keys(0) and len({tuple(keys(seed)) for seed in range(4)}) > 1 and len(set(keys(1))) == 3
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mvpretrain.data.loader import BadSamples, Cursor, Stream, StreamConfig, obey_parent
+from mvpretrain.data.loader import BadSamples, Cursor, Stream, StreamConfig, end_by_parent_alone
 from mvpretrain.data.sources.shards import ShardsConfig, Tars, Weighted
 from mvpretrain.shards.index import Index
 from mvpretrain.types import Batch, View
@@ -205,11 +205,14 @@ def test_our_own_faults_surface_and_end_the_workers(
     with pytest.raises(LookupError, match="a fault of the program"):
         next(stream_of([source], batch=2, workers=workers).batches(Cursor(0, (0,))))
     gc.collect()
-    assert set(active_children()) <= before
+    left = set(active_children()) - before
+    for worker in left:
+        worker.join(10)
+    assert not any(worker.is_alive() for worker in left)
 
 
 def sleep(ready: Any) -> None:
-    obey_parent(0)
+    end_by_parent_alone(0)
     ready.set()
     time.sleep(30)
 
@@ -267,7 +270,7 @@ def test_workers_need_no_fork(tmp_path: Path) -> None:
     tars = tars_of(tmp_path, samples_of(20))
     stream = stream_of([tars])
     draws = next(stream.plan(Cursor(3, (24,))))
-    assert same(pickle.loads(pickle.dumps(stream.rows))[draws], stream.rows[draws])
+    assert same(pickle.loads(pickle.dumps(stream.reader))[draws], stream.reader[draws])
 
 
 def test_impossible_batches_are_refused(tmp_path: Path) -> None:

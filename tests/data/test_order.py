@@ -77,10 +77,10 @@ def test_replacement_draws_uniformly_from_everywhere() -> None:
 @pytest.mark.parametrize("mode", ["sample", "batch"])
 def test_mixing_keeps_to_the_weights(mode: str) -> None:
     mix = Mix([3, 1, 6], seed=4, mode=mode)  # type: ignore[arg-type]
-    rows = np.stack([mix.rows(step, 16) for step in range(2000)])
+    rows = np.stack([mix.sources(step, 16) for step in range(2000)])
     shares = np.bincount(rows.ravel(), minlength=3) / rows.size
     assert np.allclose(shares, [0.3, 0.1, 0.6], atol=0.05 if mode == "batch" else 0.012)
     of_one_source = (rows == rows[:, :1]).all(axis=1).mean()
     assert of_one_source == 1 if mode == "batch" else of_one_source < 0.01
-    assert (Mix([3, 1, 6], 4, mode).rows(77, 16) == rows[77]).all()  # type: ignore[arg-type]
-    assert (Mix([1], 4).rows(5, 8) == 0).all()
+    assert (Mix([3, 1, 6], 4, mode).sources(77, 16) == rows[77]).all()  # type: ignore[arg-type]
+    assert (Mix([1], 4).sources(5, 8) == 0).all()

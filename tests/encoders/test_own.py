@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from mvpretrain.encoders import build
-from mvpretrain.encoders._layers import Block, masked_mean, plain_parameters, repeated
+from mvpretrain.encoders._layers import Block, masked_mean, plain_parameters, repeated_blocks
 from mvpretrain.types import View
 
 
@@ -89,8 +89,8 @@ def test_repeated_parts_are_found_by_name_the_outermost_first() -> None:
     model = torch.nn.Module()
     model.stem = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(1, 1)])})
     model.blocks = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
-    assert repeated(model) == list(model.blocks)
-    assert repeated(torch.nn.Linear(1, 1)) is None
+    assert repeated_blocks(model) == list(model.blocks)
+    assert repeated_blocks(torch.nn.Linear(1, 1)) is None
 
 
 def test_conv_on_the_smallest_images_and_resnet_at_its_dim() -> None:

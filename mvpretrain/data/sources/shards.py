@@ -1,4 +1,4 @@
-"""Samples of tar shards at random places: the source behind `kind: shards`."""
+"""`kind: shards`: the samples of WebDataset tars, each read where its index says that it lies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from mvpretrain.config import Config
 from mvpretrain.data.sources import SourceConfig
 from mvpretrain.registry import refuse_untrusted
-from mvpretrain.shards.headers import Cut, key_and_field, member, text
+from mvpretrain.shards.headers import DamagedTar, decode_name, key_and_field, member
 from mvpretrain.shards.index import FIELDS, HEAD, ID, SHARD, Index, Shard
 from mvpretrain.shards.urls import command_patterns, local_copy
 from mvpretrain.types import BadSample, Sample
@@ -67,7 +67,7 @@ class ShardsConfig(SourceConfig):
         return self.label is not None
 
     def build(self, views: Mapping[str, ViewConfig], train: bool) -> list[Tars]:
-        """The sources, one for each weight, ready for the views (see `Tars.required`); [] where there is no `eval`.
+        """The sources, one for each weight, ready for the views (see `Tars.require`); [] where there is no `eval`.
 
         ValueError: shards that are missing or no tars, that lack a field, or that repeat a key.
         """
@@ -79,7 +79,7 @@ class ShardsConfig(SourceConfig):
             found.append(Tars(index, name, part.weight, self.ids, self.label, self.cache))
         there = {field for tars in found for field in tars.totals}
         for tars in found:
-            tars.required(views, there)
+            tars.require(views, there)
         if found:
             refuse_repeats(found, self.ids)
         return found
@@ -94,7 +94,7 @@ def weighted(listed: str | Sequence[str | Weighted]) -> list[Weighted]:
 class Tars:
     """Samples of indexed shards, in any order, in any process: files are opened where they are first read.
 
-    `counts` is the number of samples of each shard and `ids` the id of each sample, without what `required` dropped.
+    `counts` is the number of samples of each shard and `ids` the id of each sample, without what `require` dropped.
     """
 
     def __init__(
@@ -111,12 +111,12 @@ class Tars:
         self.totals = {f: n for f in index.fields if (n := sum(s.fields.get(f, 0) for s in index.shards))}
         self.columns = {f: index.offset(f) for f in index.fields}  # of the fields that are read
         self.counts = np.array([s.nsamples for s in index.shards])
-        self.kept: np.ndarray | None = None  # rows of the index; None for all
-        self.held: np.ndarray | None = None  # the ids, once they are asked for
+        self.selected: np.ndarray | None = None  # rows of the index that are samples; None for all
+        self.known_ids: np.ndarray | None = None  # `ids`, once they were asked for
         self.files = Files()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"files": None, "held": None}
+        return self.__dict__ | {"files": None, "known_ids": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state | {"files": Files()})
@@ -124,14 +124,14 @@ class Tars:
     @property
     def ids(self) -> np.ndarray:
         """int64, one a sample: a hash of the key, under `shard` also of the shard's folder and file name."""
-        if self.held is None:
-            table = self.index.table if self.kept is None else self.index.table[self.kept]
-            self.held = table[:, ID]
+        if self.known_ids is None:
+            table = self.index.table if self.selected is None else self.index.table[self.selected]
+            self.known_ids = table[:, ID]
             if self.mode == "shard":
                 names = ["/".join(s.url.split("/")[-2:]).encode() for s in self.index.shards]
                 hashes = np.frombuffer(b"".join(blake2b(name, digest_size=8).digest() for name in names), "<i8")
-                self.held = self.held ^ hashes[table[:, SHARD]]
-        return self.held
+                self.known_ids = self.known_ids ^ hashes[table[:, SHARD]]
+        return self.known_ids
 
     def read(self, i: int) -> Sample:
         """Sample i, bytes by field. BadSample: its shard is not what was indexed, or its label is no integer."""
@@ -140,7 +140,7 @@ class Tars:
         return Sample(int(self.ids[i]), self.key(i), fields, self.class_of(fields))
 
     def row(self, i: int) -> list[int]:
-        return self.index.table[i if self.kept is None else self.kept[i]].tolist()
+        return self.index.table[i if self.selected is None else self.selected[i]].tolist()
 
     def url(self, i: int) -> str:
         """The shard that holds sample i."""
@@ -152,9 +152,9 @@ class Tars:
         body = min(offset for offset in row[FIELDS::2] if offset >= 0)
         try:
             first = member(self.contents(row[SHARD], row[HEAD], body - row[HEAD]), 0, {})
-        except Cut as cut:
+        except DamagedTar as cut:
             raise BadSample(f"no header where the index has one in {self.url(i)}") from cut
-        return text(key_and_field(first.name)[0]) if first else ""
+        return decode_name(key_and_field(first.name)[0]) if first else ""
 
     def contents(self, number: int, offset: int, size: int) -> bytes:
         shard = self.index.shards[number]
@@ -184,7 +184,7 @@ class Tars:
         """The tars that break off, and why; they are used up to there."""
         return [f"{problem.url}: {problem.reason}" for problem in self.index.problems]
 
-    def required(self, views: Mapping[str, ViewConfig], elsewhere: Collection[str] = ()) -> None:
+    def require(self, views: Mapping[str, ViewConfig], elsewhere: Collection[str] = ()) -> None:
         """Read the fields that the views need and no more.
 
         Samples without a view whose `missing` is `drop` are left out from now on. Views of `any` may also be found in
@@ -194,19 +194,19 @@ class Tars:
         named = {view: alternatives(config.field) for view, config in views.items()}
         for view, config in views.items():
             if not {*self.totals, *(elsewhere if config.missing == "any" else ())}.intersection(named[view]):
-                raise ValueError(f"view {view!r} reads the field {config.field!r}, {self.nowhere()}")
+                raise ValueError(f"view {view!r} reads the field {config.field!r}, {self.no_sample_has_it()}")
             if config.missing == "some":
                 self.refuse_shards_without(view, named[view])
             if config.missing == "none":
                 self.refuse_samples_without(view, named[view])
         if self.label and self.label not in {*self.totals, *elsewhere}:
-            raise ValueError(f"the label is read from {self.label!r}, {self.nowhere()}")
+            raise ValueError(f"the label is read from {self.label!r}, {self.no_sample_has_it()}")
         wanted = {self.label, *chain.from_iterable(named.values())}
         self.columns = {f: self.index.offset(f) for f in self.index.fields if f in wanted}
         if needed := [named[view] for view, config in views.items() if config.missing == "drop"]:
             self.drop(needed)
 
-    def nowhere(self) -> str:
+    def no_sample_has_it(self) -> str:
         return f"which no sample of {self.name!r} has; the fields there are {', '.join(self.totals)}"
 
     def refuse_shards_without(self, view: str, fields: list[str]) -> None:
@@ -247,9 +247,9 @@ class Tars:
                 keep[self.index.starts[k] + self.lacking(k, fields)] = False
         if not keep.any():
             raise ValueError(f"no sample of {self.name!r} has all views of missing=drop; set it for fewer views")
-        self.kept = None if keep.all() else np.flatnonzero(keep)
+        self.selected = None if keep.all() else np.flatnonzero(keep)
         self.counts = np.diff(np.concatenate([[0], np.cumsum(keep)])[self.index.starts])
-        self.held = None
+        self.known_ids = None
 
 
 class Files:
@@ -294,7 +294,7 @@ def refuse_repeats(sources: Sequence[Tars], mode: str) -> None:
         return
     starts = np.cumsum([0, *(len(s.ids) for s in sources)])
     one, two = order[again[0] : again[0] + 2]
-    first, second = (int(np.searchsorted(starts, place, "right")) - 1 for place in (one, two))
+    first, second = (int(np.searchsorted(starts, position, "right")) - 1 for position in (one, two))
     urls = sources[first].url(int(one - starts[first])), sources[second].url(int(two - starts[second]))
     where = f"twice in {urls[0]!r}" if urls[0] == urls[1] else f"in {urls[0]!r} and in {urls[1]!r}"
     other = " or to 'shard' if they count only within their shard" if mode == "unique" else ""

@@ -1,4 +1,4 @@
-"""Samples made up from a stated latent vector: `kind: synthetic`, to try a recipe without data."""
+"""`kind: synthetic`: samples made up from a latent vector, to try a recipe without data."""
 
 from __future__ import annotations
 
