@@ -44,7 +44,7 @@ def weighed(found: list[PerAnchorSums], weights: Tensor) -> Tensor:
     """Some scalar in which every output with a gradient counts."""
     values = []
     for f, w in zip(found, weights, strict=True):
-        counts = f.anchor & (f.candidates > 0)
+        counts = f.is_anchor & (f.candidates > 0)
         values.append((w[0] * f.lse.masked_fill(~counts, 0) + w[1] * f.positive.masked_fill(~counts, 0)).sum())
     return torch.stack(values).sum()
 
