@@ -23,7 +23,7 @@ from mvpretrain.types import Embeddings, Losses
 
 
 class ALDRConfig(ObjectiveConfig):
-    """A robust softmax loss whose temperature falls where an anchor's candidates are told apart clearly.
+    """A robust softmax loss whose temperature falls where an anchor's candidates are clearly distinguished.
 
     `temperature` is the largest (lambda_0) and `alpha` says how far below it one can be: down to (1 - 1 / alpha) of it.
     The paper's lambda_0 of 1 is for the logits of a classifier; cosines want a smaller one. `margin` is added to
@@ -62,7 +62,7 @@ class ALDR(nn.Module):
     is a constant to the gradient, found by one step of this fixed-point iteration a visit from where the sample's last
     visit left it (lambda_0 at first); in between it is kept by id. There is no rate to choose. Logits are cosines here
     and are not normalised by their mean size as in the authors' code. Rows of equal ids are positives (their mean
-    similarity) and share their lambda, the mean of theirs.
+    similarity) and have one lambda, the mean of theirs.
 
     Cost for b of n rows and a pair: 16 b n d multiplications; memory O(k n d) and one tile. State: one number an id and
     direction.

@@ -126,7 +126,7 @@ class InfoNCE(nn.Module):
         scales: Float[Tensor, " p"],
         exclude_same_id: bool,
     ) -> dict[Direction, AnchorSums]:
-        """The anchors' sums of both directions of each pair, by the way that `gradient` asks for."""
+        """The anchors' sums of both directions of each pair; the same from either, but for how gradients are sent."""
         if self.config.gradient == "features":
             return all_pairs(local, gathered, pairs, scales, self.collectives, exclude_same_id)
         pair_of = {direction: p for p, pair in enumerate(pairs) for direction in directions_of([pair])}

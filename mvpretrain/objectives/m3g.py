@@ -68,7 +68,7 @@ class M3GConfig(ObjectiveConfig):
         # Costs, kernels (both ways round beyond three views) and the plan's pairs; six tables of a block and its sums.
         block = max(n * n, min(n ** (k - 1), sinkhorn.BLOCK["cuda" if torch.cuda.is_available() else "cpu"]))
         held = (3 + (k > 3)) * tables + 6 * block
-        wide = sinkhorn.REACH[torch.float32] * self.scale(k) < 2 * (k - 1) / k
+        wide = sinkhorn.MAX_RANGE[torch.float32] * self.scale(k) < 2 * (k - 1) / k
         return super().memory(views, rows, gathered, dim) + held * (8 if wide else 4) + 3 * k * n * dim * 4
 
 

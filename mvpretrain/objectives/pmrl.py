@@ -1,4 +1,4 @@
-"""PMRL: the views of a sample along one leading direction, and the directions of different samples apart."""
+"""PMRL: the views of a sample along one leading direction, different samples along different ones."""
 
 from __future__ import annotations
 

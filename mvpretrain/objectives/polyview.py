@@ -24,7 +24,7 @@ from mvpretrain.types import Embeddings, Losses
 
 
 class PolyviewConfig(ObjectiveConfig):
-    """Each view of a sample is told from all views of the other samples by each of its other views.
+    """Each view of a sample is contrasted with all views of the other samples, once with each of its other views.
 
     `form`: `geometric` averages the positives' log probabilities, `arithmetic` their probabilities; `sufficient` has
     one positive, the average of the other views, and such averages as negatives.

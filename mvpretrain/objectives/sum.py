@@ -59,8 +59,8 @@ class SumConfig(ObjectiveConfig):
         return self
 
     def check(self, views: Sequence[str]) -> None:
-        for place, term in enumerate(self.terms):
-            where = f"objective.terms.{place}"
+        for index, term in enumerate(self.terms):
+            where = f"objective.terms.{index}"
             chosen = term.of(views)
             for v in chosen:
                 if v not in views:
