@@ -24,10 +24,10 @@ TILE = 512  # rows and columns of one tile of `sum_of_negatives`
 
 
 class AnchoredTupleConfig(ObjectiveConfig):
-    """What objectives that swap one view between tuples have in common.
+    """What objectives that put other rows' views in place of one view of a tuple have in common.
 
-    `anchor` is the view that is swapped: a name, `all` for each in turn, or none for the first. `label_smoothing`
-    spreads that part of the target over all candidates (0.1 in the authors' code); it costs one more pass over them.
+    `anchor` is that view: a name, `all` for each in turn, or none for the first. `label_smoothing` spreads that part of
+    the target over all candidates (0.1 in the authors' code); it costs one more pass over them.
     """
 
     anchor: str | None = None

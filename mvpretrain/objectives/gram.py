@@ -18,7 +18,7 @@ FLAT = 1e-6  # added to the squared volume: a root has no gradient at 0
 
 
 class GramConfig(AnchoredTupleConfig):
-    """The volume of tuples; `anchor` is the view that is swapped between them: a name, `all` in turn, or the first.
+    """The volume of tuples; `anchor` is the view that other rows replace: a name, `all` in turn, or the first.
 
     `label_smoothing` spreads that part of the target over all candidates (0.1 in the authors' code); it costs one more
     pass over them.
@@ -51,7 +51,7 @@ class Gram(nn.Module):
 
         L = mean_i [ CE_j(-V_ij / tau) + CE_j(-V_ji / tau) ] / 2,    target j = i    (mean over anchors, if `all`)
 
-    Only the anchor is swapped, so that the Gram matrix B_j of the other views belongs to row j alone. With g_ij the
+    Only the anchor is replaced, so that the Gram matrix B_j of the other views belongs to row j alone. With g_ij the
     k - 1 similarities between anchor i and them, det G_ij = |z_i|^2 det B_j - g_ij^T adj(B_j) g_ij: a polynomial, which
     needs no inverse where B_j is singular, and with the added 1e-6 has a finite gradient at perfect alignment, where
     that of the authors' code is NaN. With k = 2, V = sqrt(1 - s^2).

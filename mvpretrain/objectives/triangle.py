@@ -18,7 +18,7 @@ FLAT = 1e-6  # added to the squared area, times four: a root has no gradient at 
 
 
 class TriangleConfig(AnchoredTupleConfig):
-    """The area of triples; `anchor` is the view that is swapped between them: a name, `all` in turn, or the first.
+    """The area of triples; `anchor` is the view that other rows replace: a name, `all` in turn, or the first.
 
     `alpha` weighs the mean cosine between the anchor and the other two, which is taken off the area. `label_smoothing`
     spreads that part of the target over all candidates (0.1 in the authors' code); it costs one more pass over them.
