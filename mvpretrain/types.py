@@ -205,8 +205,11 @@ class Objective(Protocol):
     """This rank's rows against the rows of every rank.
 
     Both tables have `present` masks; every rank's table has the same number of rows (short ones are padded with absent
-    rows), so that `len(gathered) / len(local)` is the number of parts. Returned is the mean over the local rows in
-    units of the global mean, or the whole batch's value: the average over ranks is then the value on one rank.
+    rows), so that `len(gathered.ids) / len(local.ids)` is the number of ranks. Returned is the sum over the local rows
+    divided by the number of rows that count on the average rank (`distributed.gather.BatchMean`), or the whole batch's
+    value: the average over ranks is then the value on one rank.
+
+    Optional: `ChoosesGather`, `WeightsAnchors`, `SampleTemperatures`.
     """
 
     def __call__(self, local: Embeddings, gathered: Embeddings) -> Losses: ...
@@ -220,4 +223,46 @@ class Transform(Protocol):
 
     def blank(self) -> View:
         """An item that any encoder maps to finite numbers, for samples without this view."""
+        ...
+
+
+@runtime_checkable
+class ChoosesGather(Protocol):
+    """An objective that can do without the gathered rows."""
+
+    def gathers(self, rows: int, dim: int) -> bool:
+        """Whether it wants the rows of every rank, with `rows` of width `dim` a rank; else its gathered table comes
+        without z.
+        """
+        ...
+
+
+@runtime_checkable
+class AnchorWeighting(Protocol):
+    """What is done to the losses of an objective's anchors before their mean is taken."""
+
+    def __call__(self, direction: tuple[str, str], losses: Tensor, valid: Tensor) -> Tensor:
+        """The weighted losses (`b`) of the local rows of one direction (anchors' view, candidates' view); of the result
+        only rows that are valid (`b`, bool) are used.
+        """
+        ...
+
+
+@runtime_checkable
+class WeightsAnchors(Protocol):
+    """An objective over pairs of views whose anchors can be weighted."""
+
+    directions: Sequence[tuple[str, str]]  # every (anchors' view, candidates' view), in a fixed order
+
+    def weight_anchors(self, weighting: AnchorWeighting) -> None:
+        """From now on, let `weighting` change the losses of each direction."""
+        ...
+
+
+@runtime_checkable
+class SampleTemperatures(Protocol):
+    """An objective that keeps temperatures by sample id."""
+
+    def temperatures(self) -> tuple[Tensor, Tensor]:
+        """(ids that this rank keeps, their temperatures, the mean over directions); empty where all have one."""
         ...

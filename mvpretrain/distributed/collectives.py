@@ -1,4 +1,4 @@
-"""What ranks tell each other: gather with a backward that sums, sums, and one packed gather for whole tables."""
+"""What objectives and engines send between ranks: gather, sum, maximum, send and receive; one class a way to run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @runtime_checkable
 class Collectives(Protocol):
-    """The ranks that share one global batch."""
+    """The ranks that share one global batch. Every rank must make the same calls in the same order."""
 
     rank: int
     size: int
@@ -35,7 +35,7 @@ class Collectives(Protocol):
         ...
 
     def send_recv(self, x: Tensor, to: int, source: int) -> Callable[[], Tensor]:
-        """Send x to a rank and take what another sends, of the same shape; call the result to wait for it.
+        """Send x to the rank `to` and receive a tensor of its shape from `source`; call the result to wait for it.
 
         The messages are under way while the caller works on, and x must not change meanwhile. No gradient.
         """
@@ -43,7 +43,7 @@ class Collectives(Protocol):
 
 
 class SingleProcess:
-    """One process is the whole world."""
+    """One process: nothing is sent."""
 
     rank, size = 0, 1
 
@@ -68,7 +68,7 @@ class ProcessGroup:
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        # NCCL moves only GPU tensors, gloo's are on the CPU: integers must follow.
+        # NCCL moves only GPU tensors, gloo's are on the CPU: the integers of `largest` must follow.
         self.device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
     def gather(self, x: Tensor) -> Tensor:
@@ -86,13 +86,13 @@ class ProcessGroup:
         return int(self.maximum(torch.tensor(count, device=self.device)))
 
     def send_recv(self, x: Tensor, to: int, source: int) -> Callable[[], Tensor]:
-        x, came = x.detach().contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-        sent = dist.batch_isend_irecv([dist.P2POp(dist.isend, x, to), dist.P2POp(dist.irecv, came, source)])
+        x, received = x.detach().contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        messages = dist.batch_isend_irecv([dist.P2POp(dist.isend, x, to), dist.P2POp(dist.irecv, received, source)])
 
         def wait() -> Tensor:
-            for message in sent:
+            for message in messages:
                 message.wait()
-            return came
+            return received
 
         return wait
 

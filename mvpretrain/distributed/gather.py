@@ -1,10 +1,13 @@
-"""One packed gather for whole tables of embeddings."""
+"""One packed gather for whole tables of embeddings, and means over the batch that it gathers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
 
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.types import Embeddings
@@ -13,11 +16,11 @@ from mvpretrain.types import Embeddings
 def gather_embeddings(
     local: Embeddings, collectives: Collectives, gathers: Callable[[int, int], bool] | None = None
 ) -> tuple[Embeddings, Embeddings]:
-    """(this rank's table, everyone's) by one gather of one packed tensor.
+    """(this rank's table, the table of all ranks) by one gather of one packed tensor.
 
     Ranks may bring unequal numbers of rows: short tables are padded with rows that are absent in every view, so that
-    both tables tell the number of parts by their lengths. Integers travel as bit patterns in columns of z's type.
-    Where `gathers(rows a rank, dim)` is False, the gathered table comes without z.
+    the lengths of both tables say how many ranks there are. Integers travel as bit patterns in columns of z's type.
+    Where `gathers(rows a rank, dim)` is False (see `types.ChoosesGather`), the gathered table comes without z.
     """
     if collectives.size == 1:
         return local, local
@@ -40,15 +43,42 @@ def gather_embeddings(
 
 
 def own_rows(local: Embeddings, collectives: Collectives) -> slice:
-    """Where the rows of this rank's table are in everyone's."""
+    """Where the rows of this rank's table are in the gathered one."""
     b = len(local.ids)
     return slice(collectives.rank * b, (collectives.rank + 1) * b)
 
 
 def refuse_other_ranks(local: Embeddings, gathered: Embeddings, collectives: Collectives) -> None:
-    """ValueError where two tables are not this rank's and everyone's of these ranks."""
+    """ValueError: the tables are not one rank's and the one gathered by these collectives."""
     if len(gathered.ids) != collectives.size * len(local.ids):
         raise ValueError(
             f"the gathered table has {len(gathered.ids)} rows and this rank's {len(local.ids)}, but the objective was "
             f"built for {collectives.size} rank(s); build it with the collectives that gather the tables"
         )
+
+
+class BatchMean(NamedTuple):
+    """A mean over the rows of every rank that count, as a sum over this rank's rows: the ranks' average is the mean.
+
+    The divisor is the global number of rows that count, divided by the number of ranks; a mean over no rows is 0.
+    """
+
+    divisor: Tensor | float
+
+    @classmethod
+    def over(cls, counts: Int[Tensor, "*v"], local: Embeddings, gathered: Embeddings, dtype: torch.dtype) -> BatchMean:
+        """Over that many rows of all ranks, or over the sum of several such numbers, each rounded to `dtype` once it is
+        divided by the number of ranks.
+        """
+        part = len(local.ids) / len(gathered.ids)
+        return cls((counts.to(dtype) * part).sum().clamp_min(part))
+
+    @classmethod
+    def over_count(cls, count: int, local: Embeddings, gathered: Embeddings) -> BatchMean:
+        """Over that many rows of all ranks; the divisor is rounded once, in float64."""
+        return cls(max(count, 1) * len(local.ids) / len(gathered.ids))
+
+    def __call__(self, values: Tensor, valid: Bool[Tensor, " b"] | None = None) -> Tensor:
+        """The sum of the local rows' values, of the valid ones alone where given, over the divisor."""
+        kept = values if valid is None else values.masked_fill(~valid, 0)
+        return kept.sum() / self.divisor

@@ -1,11 +1,11 @@
-"""Numbers by sample id, shared out over the ranks: each holds the ids whose hash is its own, whoever asks for them."""
+"""Numbers by sample id, divided among the ranks: each holds the ids whose hash is its own, whoever asks for them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -17,15 +17,16 @@ FILES = "keyed-{}.safetensors"  # in a checkpoint, by rank
 
 
 class SampleState(nn.Module):
-    """`columns` numbers for every sample that was ever seen; a rank holds one in W of them.
+    """`columns` numbers for every sample that was ever seen; of W ranks each holds one in W samples.
 
     All ranks see the ids of the whole batch already, so that `read` needs one message, a sum to which each id's owner
-    contributes, and `write` none: everyone knows the new numbers, owners keep theirs. What is written counts from the
-    next `read` on, unless `discard` comes before it: a step that was not taken must not leave a trace. The numbers are
-    no part of the state dict, which knows one rank only: `save` and `restore` go through files, of any number of ranks.
+    contributes, and `write` none: every rank knows the new numbers, owners keep theirs. What is written is staged, and
+    counts from the next `read` on, unless `discard` comes before it: a step that was not taken must not leave a trace.
+    The numbers are no part of the state dict, which knows one rank only: `save` and `restore` go through files, of any
+    number of ranks.
 
-    Memory a rank: N / W times 9 bytes and the numbers, divided by the table's fill of 35 to 70 %. `device: false` keeps
-    them in the machine's memory, whatever device the ids are on.
+    Memory a rank for N samples: N / W times 9 bytes and the numbers, divided by the table's fill of 35 to 70 %.
+    `device: false` keeps them in the machine's memory, whatever device the ids are on.
     """
 
     def __init__(self, columns: int, collectives: Collectives, device: bool = False):
@@ -41,19 +42,19 @@ class SampleState(nn.Module):
             self.table = IdTable(self.columns, like.dtype, like.device if self.on_device else "cpu")
         elif self.on_device:
             self.table.to(like.device)
-        here = ids.to(self.table.keys.device)
-        mine = self.owned(here)
+        ids = ids.to(self.table.keys.device)
+        owned = self.owned(ids)
         rows = self.table.rows.new_zeros(len(ids), self.columns)
-        rows[mine] = self.table.get(here[mine])
+        rows[owned] = self.table.get(ids[owned])
         return self.collectives.sum(rows.to(like))  # zeros change no bit of the owner's numbers
 
     def write(self, ids: Int[Tensor, " n"], rows: Float[Tensor, "n c"]) -> None:
         """Stage the numbers of the whole batch's ids, by equal calls on every rank. Rows of one id must be equal."""
         self.commit()
-        mine = self.owned(ids)
-        known, place = ids[mine].unique(return_inverse=True)
+        owned = self.owned(ids)
+        known, index = ids[owned].unique(return_inverse=True)
         kept = rows.new_empty(len(known), self.columns)
-        kept[place] = rows[mine].detach()
+        kept[index] = rows[owned].detach()
         self.staged = known, kept
 
     def discard(self) -> None:
@@ -61,6 +62,7 @@ class SampleState(nn.Module):
         self.staged = None
 
     def commit(self) -> None:
+        """Take what was staged into the table."""
         if self.staged is not None:
             assert self.table is not None, "write comes after read"
             keys, rows = (x.to(self.table.keys.device) for x in self.staged)
@@ -73,39 +75,41 @@ class SampleState(nn.Module):
         table = self.table or IdTable(self.columns)
         return table.items()
 
-    def owned(self, ids: Int[Tensor, " n"]) -> Tensor:
+    def owned(self, ids: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
+        """Which ids this rank holds."""
         return owner_rank(ids, self.collectives.size) == self.collectives.rank
 
-    def take(self, ids: Int[Tensor, " n"], rows: Float[Tensor, "n c"]) -> None:
+    def load(self, ids: Int[Tensor, " n"], rows: Float[Tensor, "n c"]) -> None:
         """Put in those of some saved numbers whose ids are this rank's."""
-        mine = self.owned(ids)
+        owned = self.owned(ids)
         if self.table is None:
             self.table = IdTable(self.columns, rows.dtype)
         device = self.table.keys.device
-        self.table.set(ids[mine].to(device), rows[mine].to(device))
+        self.table.set(ids[owned].to(device), rows[owned].to(device))
 
 
 def states_in(module: nn.Module) -> Iterator[tuple[str, SampleState]]:
-    """(name, numbers by id) of everything in a module that keeps some."""
+    """(name, sample state) of every part of a module that has one."""
     return ((name, part) for name, part in module.named_modules() if isinstance(part, SampleState))
 
 
 def discard(module: nn.Module) -> None:
+    """Drop what the module's parts have staged."""
     for _, part in states_in(module):
         part.discard()
 
 
 def save(module: nn.Module, folder: Path, rank: int) -> None:
     """Write this rank's numbers into `folder`, where there are any to keep."""
-    found = {}
+    tensors = {}
     for name, part in states_in(module):
-        found[f"{name}/ids"], found[f"{name}/rows"] = (x.cpu().contiguous() for x in part.items())
-    if found:
-        save_file(found, folder / FILES.format(rank))
+        tensors[f"{name}/ids"], tensors[f"{name}/rows"] = (x.cpu().contiguous() for x in part.items())
+    if tensors:
+        save_file(tensors, folder / FILES.format(rank))
 
 
 def restore(module: nn.Module, folder: Path) -> None:
-    """Take this rank's share of what any number of ranks has saved, instead of what is there.
+    """Take this rank's ids of what any number of ranks has saved, in place of what the module holds.
 
     ValueError: numbers of another objective.
     """
@@ -122,4 +126,4 @@ def restore(module: nn.Module, folder: Path) -> None:
                         f"{path} has {rows.shape[1]} numbers an id for {name}, this objective keeps {part.columns}; "
                         "resume with the objective that it had"
                     )
-                part.take(ids, rows)
+                part.load(ids, rows)

@@ -1,4 +1,7 @@
-"""The registry to objectives: two tables in, `Losses` out. One file a kind; see the README for how to add one."""
+"""The registry of objectives: two tables of embeddings in, `Losses` out. One file a kind.
+
+What an objective is, and which optional methods others ask of it, is in `mvpretrain.types`.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +14,28 @@ from mvpretrain.types import Objective
 
 
 class ObjectiveConfig(Kind):
-    """Settings of an objective."""
+    """Settings of an objective; a kind defines `build`, and the other methods where their answers do not fit it."""
 
     def check(self, views: Sequence[str]) -> None:
         """ValueError where the objective asks for a view that is not among `views`."""
 
     def projection_heads(self) -> int:
-        """In how many heads of equal width every tower's projection must come; one where not said."""
+        """The number of heads of equal width that every tower's rows must consist of."""
         return 1
 
     def for_dim(self, dim: int) -> ObjectiveConfig:
-        """These settings for tables of this width: only objectives with networks of their own need to know it."""
+        """These settings for tables of this width, which networks must know. ValueError: it does not fit."""
         return self
 
     def build(self, views: Sequence[str], collectives: Collectives) -> Objective:
-        """The objective over these views; `collectives` is for those that must tell ranks more than the table."""
+        """The objective over these views; `collectives` is for those that send more than the gathered table."""
         raise TypeError(f"{type(self).__name__} must define build")
 
     def memory(self, views: int, rows: int, gathered: int, dim: int) -> int:
-        """Bytes that one rank holds at the peak of loss and gradient, beyond its own embeddings."""
+        """Bytes that one rank holds at the peak of loss and gradient, beyond its own embeddings.
+
+        For so many views, rows of a rank and gathered rows, and numbers a row.
+        """
         table = gathered * dim * views * 4
         return 3 * table  # the gathered table, its gradient, and the packed copy
 

@@ -1,4 +1,4 @@
-"""How the dimensions of two tables go together, over the rows that they share."""
+"""Correlations between the dimensions of two tables of the same rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FLAT = 1e-5  # added to variances, as batch normalisation does
 
 
 def correlations(a: Float[Tensor, "m d"], b: Float[Tensor, "m d"]) -> Float[Tensor, "d d"]:
-    """How each dimension of one view goes with each of the other, in [-1, 1]; 0 without rows."""
+    """The correlation of each dimension of one view with each of the other, in [-1, 1]; 0 without rows."""
     return standardised(a).T @ standardised(b) / max(len(a), 1)
 
 
@@ -23,5 +23,5 @@ def standardised(z: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
 
 
 def off_diagonal(x: Float[Tensor, "h d d"]) -> Float[Tensor, "h m"]:
-    """Of each matrix, the numbers beside the diagonal."""
+    """The numbers off the diagonal of each matrix."""
     return x[:, ~torch.eye(x.shape[1], dtype=torch.bool, device=x.device)]

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from mvpretrain.config import Config, unknown
 from mvpretrain.objectives import ObjectiveConfig
-from mvpretrain.objectives._moving_average import Gamma, Settings
+from mvpretrain.objectives._moving_average import AverageSettings, Gamma
 from mvpretrain.objectives._temperature import bounded_exp
-from mvpretrain.similarity.per_anchor import Gradient
+from mvpretrain.similarity.per_anchor import GradientMode
 
 
 def pairs_of(asked: str | Sequence[tuple[str, str]], views: Sequence[str]) -> list[tuple[str, str]]:
@@ -36,11 +36,25 @@ def pairs_of(asked: str | Sequence[tuple[str, str]], views: Sequence[str]) -> li
     return pairs
 
 
-class AveragedConfig(ObjectiveConfig):
+def pair_count(asked: str | Sequence[tuple[str, str]], views: int) -> int:
+    """How many pairs `pairs_of` gives for so many views."""
+    if isinstance(asked, str):
+        return views * (views - 1) // 2 if asked == "all" else views - 1
+    return len(asked)
+
+
+def agreed_dim(asked: int | None, dim: int) -> int:
+    """The width of an objective's networks, for tables of width `dim`. ValueError: its settings ask for another one."""
+    if asked not in (None, dim):
+        raise ValueError(f"objective.dim is {asked}, and embeddings have dim={dim}; remove objective.dim")
+    return dim
+
+
+class MovingAverageConfig(ObjectiveConfig):
     """What objectives against the whole data set have in common: moving averages kept for each sample.
 
-    `pairs` as infonce has them. `gamma` is a batch's share in the averages. `in_view: true` is for two augmentations of
-    one image: negatives are the other samples of both views, and a sample has one average for the pair. `eps` is a
+    `pairs` as infonce has them. `gamma` is a batch's weight in the averages. `in_view: true` is for two augmentations
+    of one image: negatives are the other samples of both views, and a sample has one average for the pair. `eps` is a
     margin more than a guard: an anchor whose negatives together are below it stops counting. `gradient: scalars` sends
     numbers instead of gradients of rows between ranks, at the same result. `device: true` keeps the averages on the
     GPU. `published: true` does as the authors' code does where that is not the paper; each kind says in what.
@@ -50,22 +64,23 @@ class AveragedConfig(ObjectiveConfig):
     gamma: Gamma = Gamma()
     eps: float = Field(default=1e-14, ge=0, lt=1)
     in_view: bool = False
-    gradient: Gradient = "scalars"
+    gradient: GradientMode = "scalars"
     device: bool = False
     published: bool = False
 
     def check(self, views: Sequence[str]) -> None:
         pairs_of(self.pairs, views)
 
-    def settings(self, views: Sequence[str]) -> Settings:
+    def settings(self, views: Sequence[str]) -> AverageSettings:
         """How the averages are taken, over these views."""
-        return Settings(pairs_of(self.pairs, views), self.gamma, self.eps, self.in_view, self.gradient, self.device)
+        return AverageSettings(
+            pairs_of(self.pairs, views), self.gamma, self.eps, self.in_view, self.gradient, self.device
+        )
 
     def memory(self, views: int, rows: int, gathered: int, dim: int) -> int:
         # The anchors' means of candidates, gradients of all views, and two scaled tables of one view.
-        pairs = views * (views - 1) // 2 if isinstance(self.pairs, str) else len(self.pairs)
-        ways = (4 if self.in_view else 2) * pairs
-        return super().memory(views, rows, gathered, dim) + ((ways + 2 * views) * rows + 2 * gathered) * dim * 4
+        directions = (4 if self.in_view else 2) * pair_count(self.pairs, views)
+        return super().memory(views, rows, gathered, dim) + ((directions + 2 * views) * rows + 2 * gathered) * dim * 4
 
 
 class Temperature(Config):
@@ -95,13 +110,3 @@ class Temperature(Config):
     def bounded(self, log_temperature: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """The temperatures, within [min, max]."""
         return bounded_exp(log_temperature, self.min, self.max)
-
-
-def anchor_views(asked: str | None, views: Sequence[str]) -> list[str]:
-    """The views that are exchanged between whole tuples in turn: the one asked for, `all`, or the first.
-
-    ValueError: no such view.
-    """
-    if asked is not None and asked not in (*views, "all"):
-        raise ValueError(unknown("view in objective.anchor", asked, [*views, "all"]))
-    return list(views) if asked == "all" else [asked or views[0]]

@@ -1,4 +1,4 @@
-"""exp of a learnable logarithm, kept within bounds without losing the way back."""
+"""exp of a learnable logarithm, kept within bounds that the parameter can come back from."""
 
 from __future__ import annotations
 

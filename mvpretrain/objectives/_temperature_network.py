@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 QUARTERS = 4
-NEAR = 0.01  # of the range of temperatures: so near to a bound is at it
+NEAR = 0.01  # part of the range of temperatures: one as near to a bound counts as at it
 
 
 class TemperatureNetwork(nn.Module):
@@ -27,11 +27,12 @@ class TemperatureNetwork(nn.Module):
         return self.phi(x.detach() if self.detach else x)
 
     def between(self, one: Float[Tensor, "*#s w"], other: Float[Tensor, "*#s w"]) -> Float[Tensor, "*#s"]:
+        """The temperatures of pairs, from two outputs of `forward`."""
         return self.low + (self.up - self.low) * (one * other).sum(dim=-1).sigmoid()
 
 
 class NearIdentity(nn.Module):
-    """x + MLP(x): a predictor that begins by telling what it was told, more or less."""
+    """x + MLP(x): a predictor that begins near the identity."""
 
     def __init__(self, inputs: int, width: int):
         super().__init__()
@@ -64,17 +65,17 @@ def omega(temperature: Float[Tensor, "*s"], dim: int) -> Float[Tensor, "*s"]:
 def histogram(
     temperature: Float[Tensor, "b h k"], weight: Float[Tensor, "b h k"], low: float, up: float
 ) -> dict[str, Float[Tensor, " b"]]:
-    """Each row's share of temperatures in the quarters of [low, up], and of those at either bound, by name."""
-    place = (temperature - low) / (up - low) if up > low else torch.zeros_like(temperature)
-    quarter = (place * QUARTERS).long().clamp(0, QUARTERS - 1)
+    """By name, the part of each row's temperatures in each quarter of [low, up], and of those at either bound."""
+    position = (temperature - low) / (up - low) if up > low else torch.zeros_like(temperature)
+    quarter = (position * QUARTERS).long().clamp(0, QUARTERS - 1)
     inside = {f"quarter{q + 1}": quarter == q for q in range(QUARTERS)}
-    inside |= {"at_low": place < NEAR, "at_high": place > 1 - NEAR}
+    inside |= {"at_low": position < NEAR, "at_high": position > 1 - NEAR}
     count = weight.sum(dim=(1, 2)).clamp_min(1)
     return {name: (where * weight).sum(dim=(1, 2)) / count for name, where in inside.items()}
 
 
 def agreement(chosen: Int[Tensor, "b h"]) -> Float[Tensor, " b"]:
-    """For each row, the share of pairs of heads that have chosen the same; 0 for one head."""
+    """For each row, the part of the pairs of heads that have chosen the same; 0 for one head."""
     heads = chosen.shape[1]
     same = (chosen[:, :, None] == chosen[:, None]).sum(dim=(1, 2)).double() - heads
     return same / max(heads * (heads - 1), 1)

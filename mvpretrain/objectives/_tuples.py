@@ -1,4 +1,4 @@
-"""Whole tuples: the rows that have every view, and the softmax that tells a row's own tuple from those of others."""
+"""Objectives on whole tuples: the rows that have every view, and the softmax that tells a row's tuple from others'."""
 
 from __future__ import annotations
 
@@ -7,16 +7,38 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mvpretrain.similarity import autograd
+from mvpretrain.config import unknown
+from mvpretrain.distributed.gather import BatchMean
+from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.objectives._settings import Temperature
+from mvpretrain.similarity.autograd import Tensors, logsumexp_of_score, without_autocast
 from mvpretrain.similarity.groups import count_by_key
 from mvpretrain.types import Embeddings
 
-Tensors = tuple[Tensor, ...]
-Score = Callable[[Tensors, Tensors, Tensors], Tensor]
-TILE = 512  # rows and columns of one tile of `sum_apart`
+Score = Callable[[Tensors, Tensors, Tensors], Tensor]  # (anchors, rests, shared) -> a tile of scores
+TILE = 512  # rows and columns of one tile of `sum_of_negatives`
+
+
+class AnchoredTupleConfig(ObjectiveConfig):
+    """What objectives that put other rows' views in place of one view of a tuple have in common.
+
+    `anchor` is that view: a name, `all` for each in turn, or none for the first. `label_smoothing` spreads that part of
+    the target over all candidates (0.1 in the authors' code); it costs one more pass over them.
+    """
+
+    anchor: str | None = None
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    temperature: Temperature = Temperature()
+
+    def anchor_views(self, views: Sequence[str]) -> list[str]:
+        """The anchor views in turn. ValueError: no such view."""
+        if self.anchor is not None and self.anchor not in (*views, "all"):
+            raise ValueError(unknown("view in objective.anchor", self.anchor, [*views, "all"]))
+        return list(views) if self.anchor == "all" else [self.anchor or views[0]]
 
 
 class Tuples(NamedTuple):
@@ -26,8 +48,8 @@ class Tuples(NamedTuple):
     ids: Int[Tensor, " m"]
 
 
-class Sides(NamedTuple):
-    """What a score needs to know of m tuples, first dimension m: of the anchor, and of the other views."""
+class TupleFeatures(NamedTuple):
+    """What a score needs to know of m tuples, first dimension m: of the anchor, and of the other views (the rest)."""
 
     anchor: Tensors
     rest: Tensors
@@ -39,35 +61,68 @@ class TupleLosses(NamedTuple):
 
     loss: Float[Tensor, " b"]
     own: Float[Tensor, " b"]  # the score of the row's own tuple
-    on_top: Float[Tensor, " b"]  # 1 where no tuple of another id scores as high; no gradient
+    hit: Float[Tensor, " b"]  # 1 where no tuple of another id scores as high; no gradient
 
 
-def whole(table: Embeddings, views: Sequence[str]) -> Tuples:
+class Contrast(NamedTuple):
+    """The mean over anchor views of the softmax losses, its parts to log, and the last anchor view's own scores."""
+
+    total: Float[Tensor, ""]
+    parts: dict[str, Tensor]
+    own: Float[Tensor, " b"]
+
+
+def complete(table: Embeddings, views: Sequence[str]) -> Tuples:
     """The rows that have all of these views, in float32 at least."""
     has_all = torch.stack([table.present[v] for v in views]).all(dim=0)
     kind = torch.promote_types(table.z[views[0]].dtype, torch.float32)
     return Tuples(tuple(table.z[v][has_all].to(kind) for v in views), table.ids[has_all])
 
 
-def rows_a_part(local: Embeddings, gathered: Embeddings, tuples: Tuples) -> float:
-    """What a sum over the local rows is divided by, so that its average over the parts is the mean over all tuples."""
-    return max(len(tuples.ids), 1) * len(local.ids) / len(gathered.ids)
+def tuple_mean(local: Embeddings, gathered: Embeddings, tuples: Tuples) -> BatchMean:
+    """The mean over all complete tuples, `tuples` those of the gathered table."""
+    return BatchMean.over_count(len(tuples.ids), local, gathered)
 
 
-def both_ways(score: Score, local: Sides, gathered: Sides, shared: Tensors, smoothing: float = 0.0) -> TupleLosses:
-    """The mean of two softmaxes: each local anchor among everyone's rests, and each local rest among the anchors.
+def contrast(
+    config: AnchoredTupleConfig,
+    views: Sequence[str],
+    local: Tuples,
+    gathered: Tuples,
+    mean: BatchMean,
+    features: Callable[[Tuples, int], TupleFeatures],
+    score: Score,
+    temperature: Float[Tensor, "1"],
+) -> Contrast:
+    """Each anchor view in turn: `features(tuples, its index)` are compared by `score`, in both directions."""
+    values, parts, own = [], {}, temperature.new_empty(0)
+    for anchor in config.anchor_views(views):
+        ours, theirs = (features(tuples, views.index(anchor)) for tuples in (local, gathered))
+        losses = both_directions(score, ours, theirs, (temperature,), config.label_smoothing)
+        values.append(mean(losses.loss))
+        parts[f"loss/{anchor}"] = values[-1].detach()
+        parts[f"accuracy/{anchor}"] = mean(losses.hit)
+        own = losses.own
+    return Contrast(torch.stack(values).mean(), parts, own)
 
-    `score(anchors, rests, shared)` gives a tile, as in `tiles.logsumexp_of_score`, and a batch of tiles for tensors
+
+def both_directions(
+    score: Score, local: TupleFeatures, gathered: TupleFeatures, shared: Tensors, smoothing: float = 0.0
+) -> TupleLosses:
+    """The mean of two softmaxes: each local anchor among the gathered rests, each local rest among the anchors.
+
+    `score(anchors, rests, shared)` gives a tile, as in `autograd.logsumexp_of_score`, and a batch of tiles for tensors
     with a leading batch dimension.
     """
 
-    def turned(rests: Tensors, anchors: Tensors, shared: Tensors) -> Tensor:
+    def transposed(rests: Tensors, anchors: Tensors, shared: Tensors) -> Tensor:
         return score(anchors, rests, shared).mT
 
     ids = local.ids, gathered.ids
-    there = cross_entropy(score, local.anchor, local.rest, gathered.rest, shared, ids, smoothing)
-    back = cross_entropy(turned, local.rest, local.anchor, gathered.anchor, shared, ids, smoothing)
-    return TupleLosses((there.loss + back.loss) / 2, there.own, (there.on_top + back.on_top) / 2)
+    of_anchors = cross_entropy(score, local.anchor, local.rest, gathered.rest, shared, ids, smoothing)
+    of_rests = cross_entropy(transposed, local.rest, local.anchor, gathered.anchor, shared, ids, smoothing)
+    hit = (of_anchors.hit + of_rests.hit) / 2
+    return TupleLosses((of_anchors.loss + of_rests.loss) / 2, of_anchors.own, hit)
 
 
 def cross_entropy(
@@ -86,41 +141,45 @@ def cross_entropy(
     negatives. Memory: O(b d + n d) and one tile.
     """
     valid = torch.ones(len(ids[1]), dtype=torch.bool, device=ids[1].device)
-    others, best = autograd.logsumexp_of_score(score, rows, columns, shared, valid, exclude_same_id=ids)
-    logits = one_by_one(score, rows, own, shared)
-    log_sum = torch.logaddexp(others, logits)
+    negatives, argmax = logsumexp_of_score(score, rows, columns, shared, valid, exclude_same_id=ids)
+    logits = paired_scores(score, rows, own, shared)
+    log_sum = torch.logaddexp(negatives, logits)
     losses = log_sum - logits
     if smoothing:
         classes = 1 + len(valid) - count_by_key(ids[1], valid, ids[0])
-        mean = (logits + sum_apart(score, rows, columns, shared, ids)) / classes
+        mean = (logits + sum_of_negatives(score, rows, columns, shared, ids)) / classes
         losses = torch.lerp(losses, log_sum - mean, smoothing)
     with torch.no_grad():
-        rival = one_by_one(score, rows, tuple(c[best] for c in columns), shared)
-    on_top = (logits > rival) | (others == -torch.inf)
-    return TupleLosses(losses, logits, on_top.to(losses.dtype))
+        hardest = paired_scores(score, rows, tuple(c[argmax] for c in columns), shared)
+    hit = (logits > hardest) | (negatives == -torch.inf)
+    return TupleLosses(losses, logits, hit.to(losses.dtype))
 
 
-def one_by_one(score: Score, rows: Tensors, columns: Tensors, shared: Tensors) -> Float[Tensor, " b"]:
+def paired_scores(score: Score, rows: Tensors, columns: Tensors, shared: Tensors) -> Float[Tensor, " b"]:
     """The scores of row i with column i: as many tiles of one row and one column."""
     return score(tuple(x[:, None] for x in rows), tuple(x[:, None] for x in columns), shared)[:, 0, 0]
 
 
-def sum_apart(
+def sum_of_negatives(
     score: Score, rows: Tensors, columns: Tensors, shared: Tensors, ids: tuple[Int[Tensor, " b"], Int[Tensor, " n"]]
 ) -> Float[Tensor, " b"]:
     """For each row, the sum of its scores over the columns of other ids. Differentiable once; one tile at a time."""
 
-    def counted(rows: Tensors, columns: Tensors, shared: Tensors) -> Tensor:
-        (*here, row_ids), (*there, column_ids) = rows, columns
-        return score(tuple(here), tuple(there), shared).masked_fill(row_ids[:, None] == column_ids, 0)
+    def of_other_ids(rows: Tensors, columns: Tensors, shared: Tensors) -> Tensor:
+        (*row_tensors, row_ids), (*column_tensors, column_ids) = rows, columns
+        scores = score(tuple(row_tensors), tuple(column_tensors), shared)
+        return scores.masked_fill(row_ids[:, None] == column_ids, 0)
 
     rows, columns = (*rows, ids[0]), (*columns, ids[1])
-    return _RowSums.apply((counted, len(rows), len(columns)), *rows, *columns, *shared)  # type: ignore[return-value]
+    layout = (of_other_ids, len(rows), len(columns))
+    return _RowSums.apply(layout, *rows, *columns, *shared)  # type: ignore[return-value]
 
 
 class _RowSums(torch.autograd.Function):
+    """`layout` is (score, number of tensors of rows, of columns); the tensors follow in order."""
+
     @staticmethod
-    @autograd.without_autocast
+    @without_autocast
     def forward(ctx: Any, layout: tuple[Score, int, int], *tensors: Tensor) -> Tensor:
         ctx.layout = layout
         ctx.save_for_backward(*tensors)
@@ -130,17 +189,17 @@ class _RowSums(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @autograd.without_autocast
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         score, b, n = ctx.layout
         tensors = ctx.saved_tensors
         cut = [*_cut(tensors[: b + n]), *((x,) for x in tensors[b + n :])]
         cut = [[x.detach().requires_grad_(x.is_floating_point()) for x in pieces] for pieces in cut]
         shared = tuple(x for (x,) in cut[b + n :])
-        for weight, *here in zip(grad.split(TILE), *cut[:b]):
-            for there in zip(*cut[b : b + n]):
+        for weight, *rows in zip(grad.split(TILE), *cut[:b]):
+            for columns in zip(*cut[b : b + n]):
                 with torch.enable_grad():
-                    total = (score(tuple(here), there, shared).sum(dim=1) * weight).sum()
+                    total = (score(tuple(rows), columns, shared).sum(dim=1) * weight).sum()
                 total.backward()
         return None, *(torch.cat([x.grad for x in pieces]) if pieces[0].requires_grad else None for pieces in cut)
 

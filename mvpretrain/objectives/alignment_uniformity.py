@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.distributed.gather import BatchMean
 from mvpretrain.objectives import ObjectiveConfig
 from mvpretrain.similarity import autograd
 from mvpretrain.similarity.groups import count_by_key
@@ -64,18 +65,18 @@ class AlignmentUniformity(nn.Module):
         return Losses(self.config.alignment * alignment + self.config.uniformity * uniformity, parts)
 
     def distance(self, local: Embeddings, gathered: Embeddings, u: str, v: str) -> Float[Tensor, ""]:
-        """E_i |z_i^u - z_i^v|^alpha: this rank's rows, in units of the mean over every rank's."""
+        """E_i |z_i^u - z_i^v|^alpha over the rows of every rank, as a sum over this rank's (`BatchMean`)."""
         both = local.present[u] & local.present[v]
-        squares = (precise(local.z[u][both]) - precise(local.z[v][both])).square().sum(dim=1)
+        squares = (at_least_float32(local.z[u][both]) - at_least_float32(local.z[v][both])).square().sum(dim=1)
         powers = squares if self.config.alpha == 2 else squares.clamp_min(NEAREST) ** (self.config.alpha / 2)
-        rows = (gathered.present[u] & gathered.present[v]).sum().clamp_min(1) * (len(local.ids) / len(gathered.ids))
-        return powers.sum() / rows
+        count = (gathered.present[u] & gathered.present[v]).sum()
+        return BatchMean.over(count, local, gathered, torch.float32)(powers)
 
     def uniformities(self, local: Embeddings, gathered: Embeddings) -> Float[Tensor, " k"]:
         """log E_(i, j) exp(-t |z_i - z_j|^2) of each view, over the whole batch."""
         sums = []
         for v in self.views:
-            rows, columns = precise(local.z[v]), precise(gathered.z[v])
+            rows, columns = at_least_float32(local.z[v]), at_least_float32(gathered.z[v])
             scale = rows.new_full((1,), 2 * self.config.t)
             lse, _ = autograd.logsumexp(
                 rows, columns, scale, gathered.present[v], exclude_same_id=(local.ids, gathered.ids)
@@ -92,6 +93,5 @@ class AlignmentUniformity(nn.Module):
         return torch.stack(found)
 
 
-def precise(z: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """float32 at least."""
+def at_least_float32(z: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     return z.to(torch.promote_types(z.dtype, torch.float32))

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.distributed.gather import BatchMean
 from mvpretrain.objectives import ObjectiveConfig
 from mvpretrain.objectives._correlations import correlations, off_diagonal
-from mvpretrain.objectives._settings import pairs_of
+from mvpretrain.objectives._settings import agreed_dim, pair_count, pairs_of
 from mvpretrain.objectives._temperature_network import (
     NearIdentity,
     Scored,
@@ -23,9 +24,9 @@ from mvpretrain.objectives._temperature_network import (
     histogram,
     omega,
 )
-from mvpretrain.similarity.all_pairs import has_positive
 from mvpretrain.similarity.blockwise import COLUMNS, ROWS, PairMask
 from mvpretrain.similarity.groups import count_by_key, sum_by_key
+from mvpretrain.similarity.positives import has_positive
 from mvpretrain.similarity.top_k import top_k
 from mvpretrain.types import Embeddings, Losses
 
@@ -76,9 +77,7 @@ class AMCLConfig(ObjectiveConfig):
         return self.heads
 
     def for_dim(self, dim: int) -> AMCLConfig:
-        if self.dim not in (None, dim):
-            raise ValueError(f"objective.dim is {self.dim}, and embeddings have dim={dim}; remove objective.dim")
-        return self.model_copy(update={"dim": dim})
+        return self.model_copy(update={"dim": agreed_dim(self.dim, dim)})
 
     def check(self, views: Sequence[str]) -> None:
         pairs_of(self.pairs, views)
@@ -96,16 +95,15 @@ class AMCLConfig(ObjectiveConfig):
         return TemperatureNetwork(inputs, self.width, self.eta_low, self.eta_up, detach)
 
     def memory(self, views: int, rows: int, gathered: int, dim: int) -> int:
-        counts = {"all": views * (views - 1) // 2}
-        pairs = counts.get(self.pairs, views - 1) if isinstance(self.pairs, str) else len(self.pairs)
+        pairs = pair_count(self.pairs, views)
         if self.base == "barlow":
             held = pairs * (6 * gathered * dim + 6 * dim**2 // self.heads)
             return super().memory(views, rows, gathered, dim) + held * 4
         # Head outputs twice, and the network's layers: of anchors, positives, negatives. SimSiam has no negatives, and
         # predictors that hold as much as one.
-        alone, one = self.base == "simsiam", 2 * dim + self.heads * (3 * self.width + 8)
-        held = 2 * pairs * rows * ((1 if alone else self.kappa) + 2) * one
-        search = 0 if alone else self.heads * min(rows, ROWS) * min(gathered, COLUMNS)
+        negatives, one = self.base != "simsiam", 2 * dim + self.heads * (3 * self.width + 8)
+        held = 2 * pairs * rows * ((self.kappa if negatives else 1) + 2) * one
+        search = self.heads * min(rows, ROWS) * min(gathered, COLUMNS) if negatives else 0
         # Gradients of two selections of a view's rows, each as large as the whole table of it.
         return super().memory(views, rows, gathered, dim) + (held + 2 * search + 2 * gathered * dim) * 4
 
@@ -151,41 +149,42 @@ class AMCL(nn.Module):
         super().__init__()
         self.config, self.pairs, self.width = config, pairs, width
         self.network = config.network(width, config.detach)
-        self.alone = config.base == "simsiam"
-        if self.alone:
+        self.has_negatives = config.base != "simsiam"
+        if not self.has_negatives:
             self.predictors = nn.ModuleList(NearIdentity(width, config.width) for _ in range(config.heads))
 
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         parts: dict[str, Tensor] = {}
-        losses, rest = [], []
+        losses, metrics = [], []
         for u, v in self.pairs:
-            there, back = self.one_way(local, gathered, u, v), self.one_way(local, gathered, v, u)
-            losses.append((there.pop("loss") + back.pop("loss")) / 2)
+            one, other = self.direction_loss(local, gathered, u, v), self.direction_loss(local, gathered, v, u)
+            losses.append((one.pop("loss") + other.pop("loss")) / 2)
             parts[f"loss/{u}-{v}"] = losses[-1].detach()
-            if not self.alone:
-                parts[f"accuracy/{u}-{v}"] = (there.pop("accuracy") + back.pop("accuracy")) / 2
-            rest += [there, back]
-        parts |= {name: torch.stack([one[name] for one in rest]).mean() for name in rest[0]}
+            if self.has_negatives:
+                parts[f"accuracy/{u}-{v}"] = (one.pop("accuracy") + other.pop("accuracy")) / 2
+            metrics += [one, other]
+        parts |= {name: torch.stack([of[name] for of in metrics]).mean() for name in metrics[0]}
         return Losses(torch.stack(losses).mean(), parts)
 
-    def one_way(self, local: Embeddings, gathered: Embeddings, u: str, v: str) -> dict[str, Float[Tensor, ""]]:
-        """Anchors of view u among the rows of view v: the loss and its parts, in units of the global mean."""
+    def direction_loss(self, local: Embeddings, gathered: Embeddings, u: str, v: str) -> dict[str, Float[Tensor, ""]]:
+        """Anchors of view u among the rows of view v: the loss and its parts, means over the batch (`BatchMean`)."""
         h = self.heads(local.z[u])
-        if self.alone:
+        if not self.has_negatives:
             h = torch.stack([normalize(g(x), dim=1) for g, x in zip(self.predictors, h.unbind(1))], dim=1)
         code = self.network(h)
         positive = self.positive(h, code, local.ids, gathered, v)
-        counts, all_counts = has_positive(local, gathered, u, v), has_positive(gathered, gathered, u, v)
+        valid, all_valid = has_positive(local, gathered, u, v), has_positive(gathered, gathered, u, v)
         negative, losses = None, positive.cost(2 * self.config.beta, self.width)
-        if not self.alone:
+        if self.has_negatives:
             ids = gathered.ids[gathered.present[v]]
             several = (ids != ids[:1]).any()  # else nothing is a negative
-            counts, all_counts = counts & several, all_counts & several
+            valid, all_valid = valid & several, all_valid & several
             negative = self.negatives(h, code, local, gathered, u, v)
-            losses = positive.cost(self.config.beta, self.width) - self.repelled(positive, negative)
-        share = counts.to(losses.dtype) / (all_counts.sum().clamp_min(1) * (len(local.ids) / len(gathered.ids)))
-        loss = losses.sum(dim=1).masked_fill(~counts, 0) @ share
-        return {"loss": loss, **self.figures(positive, negative, share)}
+            losses = positive.cost(self.config.beta, self.width) - self.negative_cost(positive, negative)
+        mean = BatchMean.over(all_valid.sum(), local, gathered, torch.float32)
+        weight = valid.to(losses.dtype) / mean.divisor  # of each row in a mean
+        loss = losses.sum(dim=1).masked_fill(~valid, 0) @ weight
+        return {"loss": loss, **self.metrics(positive, negative, weight)}
 
     def heads(self, z: Float[Tensor, "b n"]) -> Float[Tensor, "b h d"]:
         """Rows by head, each of length one."""
@@ -201,12 +200,12 @@ class AMCL(nn.Module):
         v: str,
     ) -> Scored:
         """Each anchor against the mean of the rows of view v that carry its id; both products are linear in them."""
-        near = torch.isin(gathered.ids, ids)
-        rows, present = self.heads(gathered.z[v][near]), gathered.present[v][near]
-        rows = rows.detach() if self.alone else rows
+        same_id = torch.isin(gathered.ids, ids)
+        rows, present = self.heads(gathered.z[v][same_id]), gathered.present[v][same_id]
+        rows = rows if self.has_negatives else rows.detach()
         both = torch.cat([rows, self.network(rows)], dim=2) * present[:, None, None].to(rows.dtype)
-        count = count_by_key(gathered.ids[near], present, ids).clamp_min(1)
-        mean = sum_by_key(gathered.ids[near], both.flatten(1), ids) / count[:, None]
+        count = count_by_key(gathered.ids[same_id], present, ids).clamp_min(1)
+        mean = sum_by_key(gathered.ids[same_id], both.flatten(1), ids) / count[:, None]
         row, its_code = mean.unflatten(1, both.shape[1:]).split([self.width, code.shape[2]], dim=2)
         return Scored((h * row).sum(dim=2), self.network.between(code, its_code))
 
@@ -230,7 +229,7 @@ class AMCL(nn.Module):
         temperature = self.network.between(code[:, :, None], self.network(rows))
         return Negatives(Scored(similarity, temperature), found.similarity > -torch.inf, found.column, found.mean)
 
-    def repelled(self, positive: Scored, negative: Negatives) -> Float[Tensor, "b h"]:
+    def negative_cost(self, positive: Scored, negative: Negatives) -> Float[Tensor, "b h"]:
         """What the hardest candidates cost as if they were positives, on average."""
         costs, valid = negative.scored.cost(self.config.beta, self.width), negative.valid
         if self.config.base == "infonce":
@@ -243,25 +242,25 @@ class AMCL(nn.Module):
         return costs.masked_fill(~valid, 0).sum(dim=2) / valid.sum(dim=2).clamp_min(1)
 
     @torch.no_grad()
-    def figures(
-        self, positive: Scored, negative: Negatives | None, share: Float[Tensor, " b"]
+    def metrics(
+        self, positive: Scored, negative: Negatives | None, weight: Float[Tensor, " b"]
     ) -> dict[str, Float[Tensor, ""]]:
-        """How temperatures and heads are used: means over anchors, each row's share given."""
+        """How temperatures and heads are used: means over anchors, each row's weight in them given."""
         low, up, heads = self.config.eta_low, self.config.eta_up, range(self.config.heads)
         by_name = {"positive": (positive.temperature[..., None], torch.ones_like(positive.similarity[..., None]))}
-        found = {"heads/spread": share @ positive.similarity.std(dim=1, correction=0)}
+        found = {"heads/spread": weight @ positive.similarity.std(dim=1, correction=0)}
         if negative:
-            by_name["negative"] = (negative.scored.temperature, negative.valid.to(share.dtype))
+            by_name["negative"] = (negative.scored.temperature, negative.valid.to(weight.dtype))
             hardest_one = negative.scored.similarity[:, :, 0]
-            best = (positive.similarity - hardest_one).argmax(dim=1)
-            found |= {f"heads/usage/{c}": share @ (best == c).to(share.dtype) for c in heads}
-            found["heads/shared_negatives"] = share @ agreement(negative.column[:, :, 0]).to(share.dtype)
-            found["accuracy"] = share @ (positive.similarity.mean(dim=1) > negative.mean).to(share.dtype)
-        for name, (temperature, weight) in by_name.items():
-            mean = share @ ((temperature * weight).sum(dim=2) / weight.sum(dim=2).clamp_min(1))
+            clearest = (positive.similarity - hardest_one).argmax(dim=1)
+            found |= {f"heads/usage/{c}": weight @ (clearest == c).to(weight.dtype) for c in heads}
+            found["heads/shared_negatives"] = weight @ agreement(negative.column[:, :, 0]).to(weight.dtype)
+            found["accuracy"] = weight @ (positive.similarity.mean(dim=1) > negative.mean).to(weight.dtype)
+        for name, (temperature, counted) in by_name.items():
+            mean = weight @ ((temperature * counted).sum(dim=2) / counted.sum(dim=2).clamp_min(1))
             found |= {f"temperature/{name}/head{c}": mean[c] for c in heads}
-            for place, part in histogram(temperature, weight, low, up).items():
-                found[f"temperature/{name}/{place}"] = share @ part
+            for quarter, part in histogram(temperature, counted, low, up).items():
+                found[f"temperature/{name}/{quarter}"] = weight @ part
         return found
 
 

@@ -12,16 +12,19 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.distributed.gather import BatchMean
 from mvpretrain.objectives import ObjectiveConfig
-from mvpretrain.similarity.all_pairs import AnchorSums, AnchorWeighting, all_pairs, has_positive, positive_mean
-from mvpretrain.similarity.autograd import LOG_ZERO, add_log_sums
-from mvpretrain.types import Embeddings, Losses
+from mvpretrain.similarity.all_pairs import all_pairs
+from mvpretrain.similarity.log_sum_exp import LOG_ZERO, add_log_sums
+from mvpretrain.similarity.positives import has_positive, positive_mean
+from mvpretrain.similarity.tables import AnchorSums, Direction
+from mvpretrain.types import AnchorWeighting, Embeddings, Losses
 
 
 class DCLConfig(ObjectiveConfig):
     """InfoNCE without the positive in its denominator.
 
-    `weighted: sigma` weighs positives as DCLW does (the paper's sigma is 0.5). The temperature is fixed: without the
+    `weighted: sigma` weights positives as DCLW does (the paper's sigma is 0.5). The temperature is fixed: without the
     positive below, the loss falls without end as it goes to 0.
     """
 
@@ -63,6 +66,9 @@ class DCL(nn.Module):
         self.directions = list(permutations(views, 2))
         self.weighting: AnchorWeighting | None = None
 
+    def weight_anchors(self, weighting: AnchorWeighting) -> None:
+        self.weighting = weighting
+
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         z = local.z[self.views[0]]
         scale = z.new_full((1,), 1 / self.config.temperature, dtype=torch.promote_types(z.dtype, torch.float32))
@@ -71,34 +77,32 @@ class DCL(nn.Module):
         means = {v: positive_mean(local, gathered, v) for v in self.views}
         parts: dict[str, Tensor] = {}
         for u, v in combinations(self.views, 2):
-            there = self.one_way(local, gathered, u, v, means[v], sums)
-            back = self.one_way(local, gathered, v, u, means[u], sums)
-            parts[f"loss/{u}-{v}"] = (there + back) / 2
+            one = self.direction_loss(local, gathered, u, v, means[v], sums)
+            other = self.direction_loss(local, gathered, v, u, means[u], sums)
+            parts[f"loss/{u}-{v}"] = (one + other) / 2
         total = torch.stack(list(parts.values())).mean()
         return Losses(total, {name: value.detach() for name, value in parts.items()})
 
-    def one_way(
+    def direction_loss(
         self,
         local: Embeddings,
         gathered: Embeddings,
         u: str,
         v: str,
         positive: Float[Tensor, "b d"],
-        sums: dict[tuple[str, str], AnchorSums],
+        sums: dict[Direction, AnchorSums],
     ) -> Float[Tensor, ""]:
         """Anchors of view u; `positive` is the mean of the rows of v that carry the anchor's id."""
         several = several_samples(gathered, u, v)
-        counts = has_positive(local, gathered, u, v) & several
-        all_counts = has_positive(gathered, gathered, u, v) & several
+        valid = has_positive(local, gathered, u, v) & several
+        all_valid = has_positive(gathered, gathered, u, v) & several
         scores = (local.z[u] * positive).sum(dim=1)
         negatives = add_log_sums([sums[u, u].lse, sums[u, v].lse])
-        weights = (
-            1.0 if self.config.weighted is None else weigh(scores, gathered, u, v, all_counts, self.config.weighted)
-        )
+        sigma = self.config.weighted
+        weights = 1.0 if sigma is None else positive_weights(scores, gathered, u, v, all_valid, sigma)
         losses = negatives - weights * scores / self.config.temperature
-        losses = losses if self.weighting is None else self.weighting((u, v), losses.masked_fill(~counts, 0), counts)
-        rows = all_counts.sum().clamp_min(1).to(losses.dtype) * (len(local.ids) / len(gathered.ids))
-        return losses.masked_fill(~counts, 0).sum() / rows
+        losses = losses if self.weighting is None else self.weighting((u, v), losses.masked_fill(~valid, 0), valid)
+        return BatchMean.over(all_valid.sum(), local, gathered, losses.dtype)(losses, valid)
 
 
 def several_samples(gathered: Embeddings, u: str, v: str) -> Bool[Tensor, ""]:
@@ -108,11 +112,11 @@ def several_samples(gathered: Embeddings, u: str, v: str) -> Bool[Tensor, ""]:
 
 
 @torch.no_grad()
-def weigh(
-    scores: Float[Tensor, " b"], gathered: Embeddings, u: str, v: str, counts: Bool[Tensor, " n"], sigma: float
+def positive_weights(
+    scores: Float[Tensor, " b"], gathered: Embeddings, u: str, v: str, all_valid: Bool[Tensor, " n"], sigma: float
 ) -> Float[Tensor, " b"]:
-    """DCLW's weights of local anchors, from the similarities of all anchors that count."""
+    """DCLW's weights w_i of the local anchors, from the similarities of the anchors of every rank."""
     all_scores = (gathered.z[u] * positive_mean(gathered, gathered, v)).sum(dim=1) / sigma
-    log_sum = all_scores.masked_fill(~counts, LOG_ZERO).logsumexp(dim=0)
-    # An anchor that counts is part of the sum; the others' weights must only be finite.
-    return 2 - (scores / sigma - log_sum).clamp_max(0).exp() * counts.sum()
+    log_sum = all_scores.masked_fill(~all_valid, LOG_ZERO).logsumexp(dim=0)
+    # An anchor is part of the sum; the others' weights must only be finite.
+    return 2 - (scores / sigma - log_sum).clamp_max(0).exp() * all_valid.sum()

@@ -11,8 +11,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mvpretrain.distributed.collectives import Collectives
-from mvpretrain.objectives._moving_average import Anchors, Gamma, Measured, MovingAverages, robust, temperature_parts
-from mvpretrain.objectives._settings import AveragedConfig, Temperature
+from mvpretrain.objectives._moving_average import AnchorAverages, BatchAverages, Gamma, MovingAverages, robust_loss
+from mvpretrain.objectives._settings import MovingAverageConfig, Temperature
 from mvpretrain.types import Embeddings, Losses
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -23,7 +23,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-class FastCLIPConfig(AveragedConfig):
+class FastCLIPConfig(MovingAverageConfig):
     """The four losses of FastCLIP: `variant` v0 to v3 fills in what is not said of the other settings.
 
     | variant | `tau` | `scaled` | `rho` | `temperature` |
@@ -94,55 +94,63 @@ class FastCLIP(nn.Module):
 
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         log_u, *kept = self.averages.read(local, gathered)
-        bounds, parts = self.config.temperature, {}
         if self.individual:
-            kept = [kept[0].nan_to_num(nan=bounds.init), *(x.nan_to_num(nan=0.0) for x in kept[1:])]
-            tau = self.averages.local_by_direction(kept[0], local)
-        else:
-            one = log_u.new_full((1,), bounds.init)
-            if self.config.tau == "global":
-                one = bounds.bounded(self.log_temperature)
-                parts["temperature"] = one[0].detach()
-            tau = [one.expand(len(local.ids))] * len(self.averages.directions)
-        measured = self.averages.measure(local, gathered, log_u, tau)
-        losses = self.averages.total(measured, [self.loss(a, t) for a, t in zip(measured.anchors, tau, strict=True)])
-        fields = [measured.log_u]
-        if self.individual:
-            fields += self.moved(kept, measured)
-            parts = temperature_parts(measured.tau, measured.valid, bounds.min, bounds.max)
-        self.averages.write(gathered, fields)
+            return self._at_individual(local, gathered, log_u, kept)
+        tau = log_u.new_full((1,), self.config.temperature.init)
+        parts = {}
+        if self.config.tau == "global":
+            tau = self.config.temperature.bounded(self.log_temperature)
+            parts["temperature"] = tau[0].detach()
+        by_direction = [tau.expand(len(local.ids))] * len(self.averages.directions)
+        losses = self.averages.losses(local, gathered, log_u, by_direction, self.loss)
         return Losses(losses.total, losses.parts | parts)
 
-    def loss(self, anchors: Anchors, tau: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    def _at_individual(
+        self, local: Embeddings, gathered: Embeddings, log_u: Float[Tensor, "n s"], kept: list[Float[Tensor, "n s"]]
+    ) -> Losses:
+        """At the temperatures that are kept by id, with Adam's averages and the visits beside them."""
+        bounds = self.config.temperature
+        kept = [kept[0].nan_to_num(nan=bounds.init), *(x.nan_to_num(nan=0.0) for x in kept[1:])]
+        return self.averages.losses(
+            local,
+            gathered,
+            log_u,
+            self.averages.local_by_direction(kept[0], local),
+            self.loss,
+            lambda batch: self.moved(kept, batch),
+            bounds=(bounds.min, bounds.max),
+        )
+
+    def loss(self, anchors: AnchorAverages, tau: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """The loss of each anchor of a direction."""
         rho = self.config.rho
         if not self.config.scaled:
-            return robust(anchors, tau, rho, scaled=False)
-        exact = robust(anchors, tau, rho)
+            return robust_loss(anchors, tau, rho, scaled=False)
+        exact = robust_loss(anchors, tau, rho)
         if not self.config.published or self.config.tau == "constant":
             return exact
         if self.individual:
             # The authors' code: the encoders' gradient without the factor tau.
-            return exact.detach() + robust(anchors, tau, 0.0, scaled=False) - anchors.log_u
+            return exact.detach() + robust_loss(anchors, tau, 0.0, scaled=False) - anchors.log_u
         # The authors' code: half the encoders' gradient, half of log u + rho in that of tau, but all of its other part.
-        half = robust(anchors, tau, rho) / 2
+        half = robust_loss(anchors, tau, rho) / 2
         other = (tau - tau.detach()) * anchors.inner / 2
         return half - other + exact.detach() / 2
 
-    def moved(self, kept: list[Float[Tensor, "n s"]], measured: Measured) -> list[Float[Tensor, "n s"]]:
+    def moved(self, kept: list[Float[Tensor, "n s"]], batch: BatchAverages) -> list[Float[Tensor, "n s"]]:
         """Temperatures, Adam's averages and visits after the batch; those of which it says nothing stay."""
         c, (tau, first, second, visits) = self.config, kept
-        gradient = (measured.slope + c.rho).clamp(-c.clip, c.clip)
+        gradient = (batch.slope + c.rho).clamp(-c.clip, c.clip)
         new_first = c.betas[0] * first + (1 - c.betas[0]) * gradient
         new_second = c.betas[1] * second + (1 - c.betas[1]) * gradient.square()
         count = visits + 1
         step = (new_first / (1 - c.betas[0] ** count)) / ((new_second / (1 - c.betas[1] ** count)).sqrt() + 1e-8)
         lower = (tau - c.rate * step).clamp(c.temperature.min, c.temperature.max)
         moved = (lower, new_first, new_second, count)
-        return [torch.where(measured.seen, new, old) for new, old in zip(moved, kept, strict=True)]
+        return [torch.where(batch.seen, new, old) for new, old in zip(moved, kept, strict=True)]
 
     def temperatures(self) -> tuple[Tensor, Tensor]:
-        """(this rank's ids, their temperatures, the mean over directions); nothing where there is one for all."""
+        """See `SampleTemperatures`."""
         if not self.individual:
             return torch.empty(0, dtype=torch.int64), torch.empty(0)
-        return self.averages.numbers(1)
+        return self.averages.mean_by_id(1)

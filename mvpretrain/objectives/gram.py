@@ -7,32 +7,27 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor, nn
 
 from mvpretrain.distributed.collectives import Collectives
-from mvpretrain.objectives import ObjectiveConfig, _tuples
-from mvpretrain.objectives._settings import Temperature, anchor_views
-from mvpretrain.objectives._tuples import Sides, Tensors, Tuples
+from mvpretrain.objectives._tuples import AnchoredTupleConfig, TupleFeatures, Tuples, complete, contrast, tuple_mean
+from mvpretrain.similarity.autograd import Tensors
 from mvpretrain.types import Embeddings, Losses
 
 FLAT = 1e-6  # added to the squared volume: a root has no gradient at 0
 
 
-class GramConfig(ObjectiveConfig):
-    """`anchor` is the view that is exchanged between tuples: a name, `all` for each in turn, or none for the first.
+class GramConfig(AnchoredTupleConfig):
+    """The volume of tuples; `anchor` is the view that other rows replace: a name, `all` in turn, or the first.
 
     `label_smoothing` spreads that part of the target over all candidates (0.1 in the authors' code); it costs one more
     pass over them.
     """
 
     kind: Literal["gram"] = "gram"
-    anchor: str | None = None
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    temperature: Temperature = Temperature()
 
     def check(self, views: Sequence[str]) -> None:
-        anchor_views(self.anchor, views)
+        self.anchor_views(views)
         self.temperature.refuse_per_pair("gram compares whole tuples and has one temperature")
 
     def build(self, views: Sequence[str], collectives: Collectives) -> Gram:
@@ -41,8 +36,8 @@ class GramConfig(ObjectiveConfig):
     def memory(self, views: int, rows: int, gathered: int, dim: int) -> int:
         packed = 3 * gathered * views * dim * 4  # whole tuples, their other views side by side, and the gradient
         recursion = gathered * views**3 * 8 * 3  # the adjugates' powers, in float64
-        tile, times = 512 * 1024 * views * 8 * 4, views if self.anchor == "all" else 1
-        return super().memory(views, rows, gathered, dim) + times * (packed + recursion) + tile
+        tile, anchors = 512 * 1024 * views * 8 * 4, views if self.anchor == "all" else 1
+        return super().memory(views, rows, gathered, dim) + anchors * (packed + recursion) + tile
 
 
 class Gram(nn.Module):
@@ -56,7 +51,7 @@ class Gram(nn.Module):
 
         L = mean_i [ CE_j(-V_ij / tau) + CE_j(-V_ji / tau) ] / 2,    target j = i    (mean over anchors, if `all`)
 
-    Only the anchor is exchanged, so that the Gram matrix B_j of the other views belongs to row j alone. With g_ij the
+    Only the anchor is replaced, so that the Gram matrix B_j of the other views belongs to row j alone. With g_ij the
     k - 1 similarities between anchor i and them, det G_ij = |z_i|^2 det B_j - g_ij^T adj(B_j) g_ij: a polynomial, which
     needs no inverse where B_j is singular, and with the added 1e-6 has a finite gradient at perfect alignment, where
     that of the authors' code is NaN. With k = 2, V = sqrt(1 - s^2).
@@ -72,34 +67,27 @@ class Gram(nn.Module):
 
     def __init__(self, config: GramConfig, views: Sequence[str]):
         super().__init__()
-        self.config, self.views, self.anchor_views = config, list(views), anchor_views(config.anchor, views)
+        self.config, self.views = config, list(views)
         self.log_temperature = config.temperature.parameter()
 
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         temperature = self.config.temperature.bounded(self.log_temperature)
-        mine, theirs = _tuples.whole(local, self.views), _tuples.whole(gathered, self.views)
-        rows = _tuples.rows_a_part(local, gathered, theirs)
-        parts: dict[str, Tensor] = {"temperature": temperature[0].detach()}
-        values = []
-        for anchor in self.anchor_views:
-            at, smoothing = self.views.index(anchor), self.config.label_smoothing
-            found = _tuples.both_ways(score, sides(mine, at), sides(theirs, at), (temperature,), smoothing)
-            values.append(found.loss.sum() / rows)
-            parts[f"loss/{anchor}"] = values[-1].detach()
-            parts[f"accuracy/{anchor}"] = found.on_top.sum() / rows
-            parts["volume"] = (-found.own * temperature).sum().detach() / rows
-        return Losses(torch.stack(values).mean(), parts)
+        ours, theirs = complete(local, self.views), complete(gathered, self.views)
+        mean = tuple_mean(local, gathered, theirs)
+        found = contrast(self.config, self.views, ours, theirs, mean, features, score, temperature)
+        volume = mean((-found.own * temperature).detach())
+        return Losses(found.total, {"temperature": temperature[0].detach(), **found.parts, "volume": volume})
 
 
-def sides(whole: Tuples, at: int) -> Sides:
-    """Of the anchor, the view at that place, its row and squared length; of the others their rows, det B and adj B."""
-    anchor, others = whole.z[at], torch.stack([z for v, z in enumerate(whole.z) if v != at], dim=1)
+def features(tuples: Tuples, at: int) -> TupleFeatures:
+    """Of the anchor, the view of that index, its row and squared length; of the others their rows, det B and adj B."""
+    anchor, others = tuples.z[at], torch.stack([z for v, z in enumerate(tuples.z) if v != at], dim=1)
     wide = others.double()
     adjugate, determinant = adjugate_and_determinant(wide @ wide.mT)
-    return Sides(
+    return TupleFeatures(
         (anchor, anchor.square().sum(dim=1)),
         (others, determinant.to(anchor.dtype), adjugate.to(anchor.dtype)),
-        whole.ids,
+        tuples.ids,
     )
 
 

@@ -12,17 +12,13 @@ from torch import Tensor, nn
 from mvpretrain.config import unknown
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.objectives._pair_losses import pair_loss
 from mvpretrain.objectives._settings import Temperature, pairs_of
-from mvpretrain.similarity.all_pairs import (
-    AnchorSums,
-    AnchorWeighting,
-    all_pairs,
-    direction_loss,
-    has_positive,
-    in_direction,
-)
-from mvpretrain.similarity.per_anchor import Gradient, per_anchor
-from mvpretrain.types import Embeddings, Losses
+from mvpretrain.similarity.all_pairs import all_pairs
+from mvpretrain.similarity.per_anchor import GradientMode, per_anchor
+from mvpretrain.similarity.positives import has_positive
+from mvpretrain.similarity.tables import AnchorSums, Direction, directions_of
+from mvpretrain.types import AnchorWeighting, Embeddings, Losses
 
 GATHERED = 2**31  # bytes of the gathered table above which `auto` takes the ring
 
@@ -32,9 +28,9 @@ class InfoNCEConfig(ObjectiveConfig):
 
     `weights` scales pairs by name ("image-text": 2.0; 1 where not named). `in_view: true` adds the other samples of
     the anchor's own view to its denominator: with two augmentations of one image this is SimCLR's NT-Xent. `table`:
-    everyone's rows are gathered, or passed round a ring of ranks, which takes no memory that grows with the number of
-    ranks; `auto` gathers up to 2 GiB. `gradient: scalars` sends numbers instead of gradients of rows between ranks, at
-    two and a half times the multiplications and the same result.
+    the rows of every rank are gathered, or passed round a ring of ranks, which takes no memory that grows with the
+    number of ranks; `auto` gathers up to 2 GiB. `gradient: scalars` sends numbers instead of gradients of rows between
+    ranks, at two and a half times the multiplications and the same result.
     """
 
     kind: Literal["infonce"] = "infonce"
@@ -43,10 +39,10 @@ class InfoNCEConfig(ObjectiveConfig):
     temperature: Temperature = Temperature()
     in_view: bool = False
     table: Literal["auto", "gather", "ring"] = "auto"
-    gradient: Gradient = "features"
+    gradient: GradientMode = "features"
 
     @model_validator(mode="after")
-    def _table_is_there(self) -> InfoNCEConfig:
+    def _table_is_gathered(self) -> InfoNCEConfig:
         if self.gradient == "scalars" and self.table == "ring":
             raise ValueError(
                 "gradient: scalars needs everyone's rows at hand; set table: gather, or gradient: features"
@@ -87,36 +83,33 @@ class InfoNCE(nn.Module):
         super().__init__()
         self.pairs, self.config, self.collectives = pairs, config, collectives
         self.views = len({v for pair in pairs for v in pair})
-        self.directions = [direction for u, v in pairs for direction in ((u, v), (v, u))]
+        self.directions = directions_of(pairs)
         self.weighting: AnchorWeighting | None = None
         weights = [config.weights.get(f"{u}-{v}", 1.0) for u, v in pairs]
         self.weights = [w / sum(weights) for w in weights]
         self.log_temperature = config.temperature.parameter(len(pairs) if config.temperature.per_pair else 1)
 
     def gathers(self, rows: int, dim: int) -> bool:
-        """Whether a table of this many rows a rank is gathered, or passed round the ring of ranks."""
+        """See `ChoosesGather`; where not, the tables are passed round the ring of ranks."""
         if self.config.table != "auto" or self.config.gradient == "scalars":
             return self.config.table != "ring"
         return rows * self.collectives.size * dim * self.views * 4 <= GATHERED
 
+    def weight_anchors(self, weighting: AnchorWeighting) -> None:
+        self.weighting = weighting
+
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         temperature = self.config.temperature.bounded(self.log_temperature)
         per_pair = temperature.expand(len(self.pairs))
-        found = self._sums(local, gathered, self.pairs, 1 / per_pair, exclude_same_id=False)
-        others = self._in_view(local, gathered, 1 / per_pair)
+        sums = self._sums(local, gathered, self.pairs, 1 / per_pair, exclude_same_id=False)
+        in_view = self._in_view(local, gathered, 1 / per_pair)
         parts: dict[str, Tensor] = {}
         values = []
         for p, (u, v) in enumerate(self.pairs):
-            scale = 1 / per_pair[p]
-            there, back = (
-                direction_loss(
-                    local, gathered, found[a, c], scale, others.get((p, a)), in_direction(self.weighting, (a, c))
-                )
-                for a, c in ((u, v), (v, u))
-            )
-            values.append((there.loss + back.loss) / 2)
-            parts[f"loss/{u}-{v}"] = values[-1].detach()
-            parts[f"accuracy/{u}-{v}"] = (there.accuracy + back.accuracy) / 2
+            pair = pair_loss(local, gathered, (u, v), sums, 1 / per_pair[p], in_view[p], self.weighting)
+            values.append(pair.loss)
+            parts[f"loss/{u}-{v}"] = pair.loss.detach()
+            parts[f"accuracy/{u}-{v}"] = pair.accuracy
             if self.config.temperature.per_pair:
                 parts[f"temperature/{u}-{v}"] = per_pair[p].detach()
         if not self.config.temperature.per_pair:
@@ -132,32 +125,30 @@ class InfoNCE(nn.Module):
         pairs: list[tuple[str, str]],
         scales: Float[Tensor, " p"],
         exclude_same_id: bool,
-    ) -> dict[tuple[str, str], AnchorSums]:
+    ) -> dict[Direction, AnchorSums]:
+        """The anchors' sums of both directions of each pair; the same from either, but for how gradients are sent."""
         if self.config.gradient == "features":
             return all_pairs(local, gathered, pairs, scales, self.collectives, exclude_same_id)
-        directions = {direction: p for p, (u, v) in enumerate(pairs) for direction in ((u, v), (v, u))}
-        each = scales[list(directions.values()), None].expand(-1, len(local.ids))
-        found = per_anchor(local, gathered, list(directions), each, self.collectives, exclude_same_id)
+        pair_of = {direction: p for p, pair in enumerate(pairs) for direction in directions_of([pair])}
+        per_row = scales[list(pair_of.values()), None].expand(-1, len(local.ids))
+        found = per_anchor(local, gathered, list(pair_of), per_row, self.collectives, exclude_same_id)
         return {
-            direction: AnchorSums(
-                f.lse, f.argmax, f.positive, f.anchor, has_positive(gathered, gathered, *direction).sum()
-            )
-            for direction, f in zip(directions, found, strict=True)
+            (a, c): AnchorSums(f.lse, f.argmax, f.positive, f.is_anchor, has_positive(gathered, gathered, a, c).sum())
+            for (a, c), f in zip(pair_of, found, strict=True)
         }
 
     def _in_view(
         self, local: Embeddings, gathered: Embeddings, scales: Float[Tensor, " p"]
-    ) -> dict[tuple[int, str], Float[Tensor, " b"]]:
-        """(pair, view) -> log-sum-exp of each local row over the other samples of its own view."""
+    ) -> list[dict[str, Float[Tensor, " b"]]]:
+        """For each pair, by view, the log-sum-exp of each local row over the other samples of its own view."""
         if not self.config.in_view:
-            return {}
+            return [{} for _ in self.pairs]
         # With one temperature for all, a view's sums serve all of its pairs, and one call finds those of every view.
         shared = not self.config.temperature.per_pair
         asked = [tuple({v: None for pair in self.pairs for v in pair})] if shared else self.pairs
-        sums = {}
+        found = []
         for p, views in enumerate(asked):
-            own = self._sums(
-                local, gathered, [(v, v) for v in views], scales[p].expand(len(views)), exclude_same_id=True
-            )
-            sums |= {(p, v): own[v, v].lse for v in views}
-        return {(p, v): sums[0 if shared else p, v] for p, pair in enumerate(self.pairs) for v in pair}
+            own = [(v, v) for v in views]
+            sums = self._sums(local, gathered, own, scales[p].expand(len(views)), exclude_same_id=True)
+            found.append({v: sums[v, v].lse for v in views})
+        return found * len(self.pairs) if shared else found

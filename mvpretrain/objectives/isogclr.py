@@ -11,18 +11,18 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mvpretrain.distributed.collectives import Collectives
-from mvpretrain.objectives._moving_average import Measured, MovingAverages, robust, temperature_parts
-from mvpretrain.objectives._settings import AveragedConfig
+from mvpretrain.objectives._moving_average import BatchAverages, MovingAverages, robust_loss
+from mvpretrain.objectives._settings import MovingAverageConfig
 from mvpretrain.types import Embeddings, Losses
 
 
-class ISogCLRConfig(AveragedConfig):
+class ISogCLRConfig(MovingAverageConfig):
     """The robust global contrastive loss, whose temperatures are learned sample by sample.
 
     `rho` in nats: of N negatives, about N e^-rho decide. The gradient of a temperature is rho less the distance of the
     negatives' weights from equal ones, which is at most the logarithm of a batch's negatives: where rho is above that,
     every temperature ends at `min` (small batches want 0.4 to 2; 6 is for 1,024 rows). A temperature starts at `init`,
-    stays in [min, max] and moves by `rate` times the moving average (`momentum` is a batch's share in it) of its
+    stays in [min, max] and moves by `rate` times the moving average (`momentum` is a batch's weight in it) of its
     gradient, clipped at `clip`; both are kept by id. `published: true` counts the positive among the negatives of two
     different views.
     """
@@ -71,26 +71,27 @@ class ISogCLR(nn.Module):
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         log_u, tau, momentum = self.averages.read(local, gathered)
         tau, momentum = tau.nan_to_num(nan=self.config.init), momentum.nan_to_num(nan=0.0)
-        own = self.averages.local_by_direction(tau, local)
-        positive = self.config.published and not self.config.in_view
-        measured = self.averages.measure(local, gathered, log_u, own, positive_in_g=positive)
-        losses = self.averages.total(
-            measured, [robust(a, t, self.config.rho) for a, t in zip(measured.anchors, own, strict=True)]
+        return self.averages.losses(
+            local,
+            gathered,
+            log_u,
+            self.averages.local_by_direction(tau, local),
+            lambda anchors, t: robust_loss(anchors, t, self.config.rho),
+            lambda batch: self.moved(tau, momentum, batch),
+            bounds=(self.config.min, self.config.max),
+            positive_in_g=self.config.published and not self.config.in_view,
         )
-        self.averages.write(gathered, [measured.log_u, *self.moved(tau, momentum, measured)])
-        parts = temperature_parts(measured.tau, measured.valid, self.config.min, self.config.max)
-        return Losses(losses.total, losses.parts | parts)
 
     def moved(
-        self, tau: Float[Tensor, "n s"], momentum: Float[Tensor, "n s"], measured: Measured
+        self, tau: Float[Tensor, "n s"], momentum: Float[Tensor, "n s"], batch: BatchAverages
     ) -> tuple[Float[Tensor, "n s"], Float[Tensor, "n s"]]:
         """(temperatures, momenta) after the batch; those of which it says nothing stay."""
         c = self.config
-        gradient = (measured.slope + c.rho).clamp(-c.clip, c.clip)
+        gradient = (batch.slope + c.rho).clamp(-c.clip, c.clip)
         new = (1 - c.momentum) * momentum + c.momentum * gradient
         lower = (tau - c.rate * new).clamp(c.min, c.max)
-        return torch.where(measured.seen, lower, tau), torch.where(measured.seen, new, momentum)
+        return torch.where(batch.seen, lower, tau), torch.where(batch.seen, new, momentum)
 
     def temperatures(self) -> tuple[Tensor, Tensor]:
-        """(this rank's ids, their temperatures, the mean over directions)."""
-        return self.averages.numbers(1)
+        """See `SampleTemperatures`."""
+        return self.averages.mean_by_id(1)

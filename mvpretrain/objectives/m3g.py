@@ -68,12 +68,12 @@ class M3GConfig(ObjectiveConfig):
         # Costs, kernels (both ways round beyond three views) and the plan's pairs; six tables of a block and its sums.
         block = max(n * n, min(n ** (k - 1), sinkhorn.BLOCK["cuda" if torch.cuda.is_available() else "cpu"]))
         held = (3 + (k > 3)) * tables + 6 * block
-        wide = sinkhorn.REACH[torch.float32] * self.scale(k) < 2 * (k - 1) / k
+        wide = sinkhorn.MAX_RANGE[torch.float32] * self.scale(k) < 2 * (k - 1) / k
         return super().memory(views, rows, gathered, dim) + held * (8 if wide else 4) + 3 * k * n * dim * 4
 
 
-class Rows(NamedTuple):
-    """The rows that take part: those with a view at least."""
+class PresentRows(NamedTuple):
+    """The rows of a table that take part: those with one of the views at least."""
 
     z: list[Float[Tensor, "n d"]]  # by view; 0 where the view is missing
     present: list[Bool[Tensor, " n"]]
@@ -102,8 +102,8 @@ class M3G(nn.Module):
     views: the temperature is the same for every pair, and the gap of k views of which one is nowhere is, over epsilon,
     that of the others. J matches such a row evenly with the gaps of that view. Rows without any view count nowhere.
 
-    Each rank works on its share of the first view's rows against all of the others: of 2 n^k operations an update's
-    n / W share. `accuracy` is the share of samples whose most likely partner in every other view, by the plan's
+    Each rank works on its own n / W of the first view's rows against all of the others: on that part of an update's
+    2 n^k operations. `accuracy` is the part of the samples whose most likely partner in every other view, by the plan's
     marginals on pairs with the first view, is their own; samples without the first view, or without another, do not
     count. A plan that is not converged shows in `marginal_error` and `sweeps`. State: none.
     """
@@ -115,7 +115,7 @@ class M3G(nn.Module):
 
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         k = len(self.views)
-        rows = chosen(local if self.config.scope == "rank" else gathered, self.views)
+        rows = present_rows(local if self.config.scope == "rank" else gathered, self.views)
         zero = rows.z[0].new_zeros(())
         parts = {"gap": zero, "sweeps": zero, "marginal_error": zero, "accuracy": zero}
         parts["temperature"] = rows.z[0].new_tensor(k**2 * self.epsilon / 2)
@@ -126,13 +126,13 @@ class M3G(nn.Module):
         gap = true_cost(matching) + self.epsilon * true_entropy(matching) - plan.value
         parts |= {"gap": gap.detach(), "marginal_error": plan.error, "accuracy": accuracy}
         parts["sweeps"] = torch.full_like(plan.value, plan.sweeps)
-        # The plan's value moves as <P, dc> does, and this rank has its rows' part of P alone, in units of the batch.
+        # The plan's value moves as <P, dc> does, and this rank has its rows' part of P alone: ranks are averaged later.
         moved = torch.stack([((z - z.detach()) * g).sum() for z, g in zip(rows.z, gradients)]).sum()
-        here = 1 / self.collectives.size
-        return Losses(gap - moved / here, parts)
+        part = 1 / self.collectives.size
+        return Losses(gap - moved / part, parts)
 
     @torch.no_grad()
-    def plan(self, rows: Rows) -> tuple[sinkhorn.Solution, list[Float[Tensor, "n d"]], Float[Tensor, ""]]:
+    def plan(self, rows: PresentRows) -> tuple[sinkhorn.Solution, list[Float[Tensor, "n d"]], Float[Tensor, ""]]:
         """(the plan, this rank's part of d value / d z, accuracy)."""
         n, k, collectives = len(rows.ids), len(rows.z), self.collectives
         own = slice(collectives.rank * n // collectives.size, (collectives.rank + 1) * n // collectives.size)
@@ -149,33 +149,35 @@ class M3G(nn.Module):
             collectives.maximum,
         )
         gradients = [torch.zeros_like(x) for x in rows.z]
-        to = [gradients[0][own], *gradients[1:]]
+        grad_z = [gradients[0][own], *gradients[1:]]
         for (u, v), table in zip(pairs, solution.pairs):
-            to[u].addmm_(table, z[v], alpha=-2 / k**2)
-            to[v].addmm_(table.T, z[u], alpha=-2 / k**2)
-        hits = torch.stack(accurate(rows, own, solution.pairs[: k - 1])).to(z[0].dtype)
-        right, counted = collectives.sum(hits)
-        return solution, gradients, right / counted.clamp_min(1)
+            grad_z[u].addmm_(table, z[v], alpha=-2 / k**2)
+            grad_z[v].addmm_(table.T, z[u], alpha=-2 / k**2)
+        counts = torch.stack(count_matched(rows, own, solution.pairs[: k - 1])).to(z[0].dtype)
+        matched, counted = collectives.sum(counts)
+        return solution, gradients, matched / counted.clamp_min(1)
 
 
-def chosen(table: Embeddings, views: Sequence[str]) -> Rows:
+def present_rows(table: Embeddings, views: Sequence[str]) -> PresentRows:
     """The rows of a table that have one of these views at least, in float32 or float64."""
     live = torch.stack([table.present[v] for v in views]).any(dim=0)
     present = [table.present[v][live] for v in views]
     z = [table.z[v][live].masked_fill(~p[:, None], 0) for v, p in zip(views, present)]
-    return Rows([x if x.dtype == torch.float64 else x.float() for x in z], present, table.ids[live])
+    return PresentRows([x if x.dtype == torch.float64 else x.float() for x in z], present, table.ids[live])
 
 
-def accurate(rows: Rows, own: slice, pairs: Sequence[Float[Tensor, "b n"]]) -> tuple[Int[Tensor, ""], Int[Tensor, ""]]:
+def count_matched(
+    rows: PresentRows, own: slice, pairs: Sequence[Float[Tensor, "b n"]]
+) -> tuple[Int[Tensor, ""], Int[Tensor, ""]]:
     """Of this rank's rows of the first view: how many have all their most likely partners right, and how many count."""
     ids = rows.ids[own]
-    right, some = torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+    right, any_partner = torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
     for table, present in zip(pairs, rows.present[1:]):
-        best = rows.ids[table.masked_fill(~present, -1).argmax(dim=1)]
-        has = torch.isin(ids, rows.ids[present])
-        right &= (best == ids) | ~has
-        some |= has
-    counted = some & rows.present[0][own]
+        likeliest = rows.ids[table.masked_fill(~present, -1).argmax(dim=1)]
+        has_partner = torch.isin(ids, rows.ids[present])
+        right &= (likeliest == ids) | ~has_partner
+        any_partner |= has_partner
+    counted = any_partner & rows.present[0][own]
     return (right & counted).sum(), counted.sum()
 
 
@@ -187,7 +189,7 @@ class Matching(NamedTuple):
     size: Float[Tensor, " g"]  # rows of the id
 
 
-def group_by_id(rows: Rows) -> Matching:
+def group_by_id(rows: PresentRows) -> Matching:
     unique, group = rows.ids.unique(return_inverse=True)
     z, present = torch.stack(rows.z), torch.stack(rows.present).to(rows.z[0].dtype)
     sums = z.new_zeros(len(z), len(unique), z.shape[2]).index_add(1, group, z)
@@ -196,10 +198,10 @@ def group_by_id(rows: Rows) -> Matching:
 
 
 def true_cost(j: Matching) -> Float[Tensor, ""]:
-    """<J, c>: two rows of an id of size m meet in a share 1 / (n m) of the mass."""
+    """<J, c>: two rows of an id of size m meet in 1 / (n m) of the mass."""
     k = len(j.sums)
-    alike = j.sums.sum(dim=0).square().sum(dim=1) - j.sums.square().sum(dim=(0, 2))
-    return (k * (k - 1) - (alike / j.size).sum() / j.size.sum()) / k**2
+    same_id = j.sums.sum(dim=0).square().sum(dim=1) - j.sums.square().sum(dim=(0, 2))
+    return (k * (k - 1) - (same_id / j.size).sum() / j.size.sum()) / k**2
 
 
 def true_entropy(j: Matching) -> Float[Tensor, ""]:

@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from mvpretrain.distributed.collectives import Collectives
-from mvpretrain.distributed.gather import own_rows
+from mvpretrain.distributed.gather import BatchMean, own_rows
 from mvpretrain.objectives import ObjectiveConfig
 from mvpretrain.objectives._settings import pairs_of
-from mvpretrain.similarity.autograd import LOG_ZERO, logsumexp_of_score
+from mvpretrain.similarity.autograd import Tensors, logsumexp_of_score
 from mvpretrain.similarity.groups import classes
+from mvpretrain.similarity.log_sum_exp import LOG_ZERO
 from mvpretrain.types import Embeddings, Losses
 
 
@@ -62,66 +63,74 @@ class MultiSimilarity(nn.Module):
         self.config, self.collectives, self.pairs = config, collectives, pairs_of(config.pairs, views)
 
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
-        theirs = classes(gathered.ids, gathered.labels) if self.config.labels else gathered.ids
-        mine = theirs[own_rows(local, self.collectives)]
+        classes_of_all = classes(gathered.ids, gathered.labels) if self.config.labels else gathered.ids
+        own = classes_of_all[own_rows(local, self.collectives)]
         parts: dict[str, Tensor] = {}
         for u, v in self.pairs:
-            both = self.one_way(local, gathered, u, v, mine, theirs) + self.one_way(local, gathered, v, u, mine, theirs)
-            parts[f"loss/{u}-{v}"] = both / 2
+            one = self.direction_loss(local, gathered, u, v, own, classes_of_all)
+            other = self.direction_loss(local, gathered, v, u, own, classes_of_all)
+            parts[f"loss/{u}-{v}"] = (one + other) / 2
         total = torch.stack(list(parts.values())).mean()
         return Losses(total, {name: value.detach() for name, value in parts.items()})
 
-    def one_way(
+    def direction_loss(
         self,
         local: Embeddings,
         gathered: Embeddings,
         u: str,
         v: str,
-        mine: Int[Tensor, " b"],
-        theirs: Int[Tensor, " n"],
+        row_classes: Int[Tensor, " b"],
+        column_classes: Int[Tensor, " n"],
     ) -> Float[Tensor, ""]:
         """Anchors of view u against candidates of view v, each with its class."""
-        c, there = self.config, gathered.present[v]
+        c, valid = self.config, gathered.present[v]
         kind = torch.promote_types(local.z[u].dtype, torch.float32)
         rows, columns = local.z[u].to(kind), gathered.z[v].to(kind)
-        least, most = self.mined(rows, columns, mine, theirs, there)
+        least, most = self.mined(rows, columns, row_classes, column_classes, valid)
 
-        def positive(left: tuple[Tensor, ...], right: tuple[Tensor, ...], _: tuple[Tensor, ...]) -> Tensor:
-            s, same = left[0] @ right[0].T, left[1][:, None] == right[1]
-            return torch.where(same & (s < left[2][:, None]), -c.alpha * (s - c.threshold), LOG_ZERO)
+        def positive(anchors: Tensors, candidates: Tensors, _: Tensors) -> Tensor:
+            s, same = similarities(anchors, candidates)
+            return torch.where(same & (s < anchors[2][:, None]), -c.alpha * (s - c.threshold), LOG_ZERO)
 
-        def negative(left: tuple[Tensor, ...], right: tuple[Tensor, ...], _: tuple[Tensor, ...]) -> Tensor:
-            s, same = left[0] @ right[0].T, left[1][:, None] == right[1]
-            return torch.where(~same & (s > left[2][:, None]), c.beta * (s - c.threshold), LOG_ZERO)
+        def negative(anchors: Tensors, candidates: Tensors, _: Tensors) -> Tensor:
+            s, same = similarities(anchors, candidates)
+            return torch.where(~same & (s > anchors[2][:, None]), c.beta * (s - c.threshold), LOG_ZERO)
 
-        weighted_by, _ = logsumexp_of_score(positive, (rows, mine, most), (columns, theirs), (), there)
-        pushed, _ = logsumexp_of_score(negative, (rows, mine, least), (columns, theirs), (), there)
-        losses = softplus(weighted_by.clamp_min(LOG_ZERO)) / c.alpha + softplus(pushed.clamp_min(LOG_ZERO)) / c.beta
-        number = gathered.present[u].sum().clamp_min(1) * (len(local.ids) / len(gathered.ids))
-        return losses.masked_fill(~local.present[u], 0).sum() / number
+        pulled, _ = logsumexp_of_score(positive, (rows, row_classes, most), (columns, column_classes), (), valid)
+        pushed, _ = logsumexp_of_score(negative, (rows, row_classes, least), (columns, column_classes), (), valid)
+        losses = softplus(pulled.clamp_min(LOG_ZERO)) / c.alpha + softplus(pushed.clamp_min(LOG_ZERO)) / c.beta
+        mean = BatchMean.over(gathered.present[u].sum(), local, gathered, torch.float32)
+        return mean(losses, local.present[u])
 
     @torch.no_grad()
     def mined(
-        self, rows: Tensor, columns: Tensor, mine: Tensor, theirs: Tensor, there: Tensor
+        self, rows: Tensor, columns: Tensor, row_classes: Tensor, column_classes: Tensor, valid: Tensor
     ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
         """What a negative's similarity must be above, and a positive's below: infinite where there is no partner."""
         if self.config.margin is None:
             return rows.new_full((len(rows),), -torch.inf), rows.new_full((len(rows),), torch.inf)
 
-        def far(left: tuple[Tensor, ...], right: tuple[Tensor, ...], _: tuple[Tensor, ...]) -> Tensor:
-            return torch.where(left[1][:, None] == right[1], -(left[0] @ right[0].T), LOG_ZERO)
+        def farthest(anchors: Tensors, candidates: Tensors, _: Tensors) -> Tensor:
+            s, same = similarities(anchors, candidates)
+            return torch.where(same, -s, LOG_ZERO)
 
-        def near(left: tuple[Tensor, ...], right: tuple[Tensor, ...], _: tuple[Tensor, ...]) -> Tensor:
-            return torch.where(left[1][:, None] != right[1], left[0] @ right[0].T, LOG_ZERO)
+        def nearest(anchors: Tensors, candidates: Tensors, _: Tensors) -> Tensor:
+            s, same = similarities(anchors, candidates)
+            return torch.where(~same, s, LOG_ZERO)
 
         found = []
-        for score, same in ((far, True), (near, False)):
-            _, best = logsumexp_of_score(score, (rows, mine), (columns, theirs), (), there)
-            some = there[best] & ((theirs[best] == mine) == same)
-            found.append(((rows * columns[best]).sum(dim=1), some))
+        for score, of_positives in ((farthest, True), (nearest, False)):
+            _, argmax = logsumexp_of_score(score, (rows, row_classes), (columns, column_classes), (), valid)
+            any_partner = valid[argmax] & ((column_classes[argmax] == row_classes) == of_positives)
+            found.append(((rows * columns[argmax]).sum(dim=1), any_partner))
         (least, any_positive), (most, any_negative) = found
         margin = self.config.margin
         return (
             torch.where(any_positive, least - margin, -torch.inf),
             torch.where(any_negative, most + margin, torch.inf),
         )
+
+
+def similarities(anchors: Tensors, candidates: Tensors) -> tuple[Float[Tensor, "i j"], Bool[Tensor, "i j"]]:
+    """(similarities, whether classes are equal) of one tile; both come as (rows, classes, ...)."""
+    return anchors[0] @ candidates[0].T, anchors[1][:, None] == candidates[1]

@@ -11,10 +11,12 @@ from torch.nn.functional import normalize
 
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.objectives._pair_losses import pair_loss
 from mvpretrain.objectives._settings import Temperature
-from mvpretrain.similarity.all_pairs import AnchorWeighting, all_pairs, direction_loss, in_direction
+from mvpretrain.similarity.all_pairs import all_pairs
 from mvpretrain.similarity.groups import mean_of_others
-from mvpretrain.types import Embeddings, Losses
+from mvpretrain.similarity.tables import directions_of
+from mvpretrain.types import AnchorWeighting, Embeddings, Losses
 
 SHORTEST = 1e-3  # views that cancel have a mean without direction: a shorter one is not stretched to length one
 
@@ -56,27 +58,26 @@ class OneVsRest(nn.Module):
     def __init__(self, config: OneVsRestConfig, views: Sequence[str], collectives: Collectives):
         super().__init__()
         self.config, self.views, self.collectives = config, list(views), collectives
-        self.directions = [direction for u in self.views for direction in ((u, rest_of(u)), (rest_of(u), u))]
+        self.pairs = [(u, rest_of(u)) for u in self.views]
+        self.directions = directions_of(self.pairs)
         self.weighting: AnchorWeighting | None = None
         self.log_temperature = config.temperature.parameter(len(self.views) if config.temperature.per_pair else 1)
+
+    def weight_anchors(self, weighting: AnchorWeighting) -> None:
+        self.weighting = weighting
 
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         temperature = self.config.temperature.bounded(self.log_temperature)
         per_view = temperature.expand(len(self.views))
         local, gathered = self.with_rest(local), self.with_rest(gathered)
-        pairs = [(u, rest_of(u)) for u in self.views]
-        sums = all_pairs(local, gathered, pairs, 1 / per_view, self.collectives)
+        sums = all_pairs(local, gathered, self.pairs, 1 / per_view, self.collectives)
         parts: dict[str, Tensor] = {}
         values = []
-        for index, (u, rest) in enumerate(pairs):
-            scale = 1 / per_view[index]
-            there, back = (
-                direction_loss(local, gathered, sums[a, c], scale, weighting=in_direction(self.weighting, (a, c)))
-                for a, c in ((u, rest), (rest, u))
-            )
-            values.append((there.loss + back.loss) / 2)
-            parts[f"loss/{u}"] = values[-1].detach()
-            parts[f"accuracy/{u}"] = (there.accuracy + back.accuracy) / 2
+        for index, (u, rest) in enumerate(self.pairs):
+            pair = pair_loss(local, gathered, (u, rest), sums, 1 / per_view[index], {}, self.weighting)
+            values.append(pair.loss)
+            parts[f"loss/{u}"] = pair.loss.detach()
+            parts[f"accuracy/{u}"] = pair.accuracy
             if self.config.temperature.per_pair:
                 parts[f"temperature/{u}"] = per_view[index].detach()
         if not self.config.temperature.per_pair:
@@ -85,12 +86,12 @@ class OneVsRest(nn.Module):
 
     def with_rest(self, table: Embeddings) -> Embeddings:
         """The table with, for each view, the average of the others as one more view."""
-        means, some = mean_of_others({v: table.z[v] for v in self.views}, {v: table.present[v] for v in self.views})
+        means, has_rest = mean_of_others({v: table.z[v] for v in self.views}, {v: table.present[v] for v in self.views})
         if self.config.normalize:
             means = {v: normalize(z, dim=1, eps=SHORTEST) for v, z in means.items()}
         return table._replace(
             z=table.z | {rest_of(v): z for v, z in means.items()},
-            present=table.present | {rest_of(v): p for v, p in some.items()},
+            present=table.present | {rest_of(v): p for v, p in has_rest.items()},
         )
 
 

@@ -1,4 +1,4 @@
-"""PMRL: the views of a sample along one leading direction, and the directions of different samples apart."""
+"""PMRL: the views of a sample along one leading direction, different samples along different ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from mvpretrain.distributed.collectives import Collectives
-from mvpretrain.objectives import ObjectiveConfig, _tuples
+from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.objectives._tuples import complete, tuple_mean
 from mvpretrain.similarity import autograd
 from mvpretrain.types import Embeddings, Losses
 
@@ -64,25 +65,23 @@ class Pmrl(nn.Module):
         self.config, self.views = config, list(views)
 
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
-        mine, theirs = _tuples.whole(local, self.views), _tuples.whole(gathered, self.views)
-        here, there = spectrum(torch.stack(mine.z, dim=1)), spectrum(torch.stack(theirs.z, dim=1))
-        rows = _tuples.rows_a_part(local, gathered, theirs)
-        logits = here.values / self.config.spectral_temperature
-        spectral = (logits.logsumexp(dim=1) - logits[:, 0]).sum() / rows
-        scale = here.leading.new_full((1,), 1 / self.config.instance_temperature)
-        valid = torch.ones_like(theirs.ids, dtype=torch.bool)
-        others, _ = autograd.logsumexp(
-            here.leading, there.leading, scale, valid, exclude_same_id=(mine.ids, theirs.ids)
-        )
-        own = scale * here.leading.square().sum(dim=1)
-        instance = (torch.logaddexp(others, own) - own).sum() / rows
-        shares = here.values[:, 0].square() / here.values.square().sum(dim=1)
+        ours, theirs = complete(local, self.views), complete(gathered, self.views)
+        own, all_tuples = spectrum(torch.stack(ours.z, dim=1)), spectrum(torch.stack(theirs.z, dim=1))
+        mean = tuple_mean(local, gathered, theirs)
+        logits = own.values / self.config.spectral_temperature
+        spectral = mean(logits.logsumexp(dim=1) - logits[:, 0])
+        scale = own.leading.new_full((1,), 1 / self.config.instance_temperature)
+        valid, ids = torch.ones_like(theirs.ids, dtype=torch.bool), (ours.ids, theirs.ids)
+        negatives, _ = autograd.logsumexp(own.leading, all_tuples.leading, scale, valid, exclude_same_id=ids)
+        positive = scale * own.leading.square().sum(dim=1)
+        instance = mean(torch.logaddexp(negatives, positive) - positive)
+        leading_share = own.values[:, 0].square() / own.values.square().sum(dim=1)
         return Losses(
             spectral + self.config.instance_weight * instance,
             {
                 "loss/spectral": spectral.detach(),
                 "loss/instance": instance.detach(),
-                "leading_share": shares.sum().detach() / rows,
+                "leading_share": mean(leading_share.detach()),
             },
         )
 

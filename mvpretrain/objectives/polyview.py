@@ -12,17 +12,19 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.distributed.gather import BatchMean
 from mvpretrain.objectives import ObjectiveConfig
 from mvpretrain.objectives._settings import Temperature
 from mvpretrain.similarity import autograd
-from mvpretrain.similarity.all_pairs import all_pairs, has_positive, positive_mean
-from mvpretrain.similarity.autograd import LOG_ZERO, add_log_sums
+from mvpretrain.similarity.all_pairs import all_pairs
 from mvpretrain.similarity.groups import mean_of_others
+from mvpretrain.similarity.log_sum_exp import LOG_ZERO, add_log_sums
+from mvpretrain.similarity.positives import has_positive, positive_mean
 from mvpretrain.types import Embeddings, Losses
 
 
 class PolyviewConfig(ObjectiveConfig):
-    """Each view of a sample is told from all views of the other samples by each of its other views.
+    """Each view of a sample is contrasted with all views of the other samples, once with each of its other views.
 
     `form`: `geometric` averages the positives' log probabilities, `arithmetic` their probabilities; `sufficient` has
     one positive, the average of the other views, and such averages as negatives.
@@ -72,41 +74,42 @@ class Polyview(nn.Module):
 
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         temperature = self.config.temperature.bounded(self.log_temperature)
-        scale, here = 1 / temperature, len(local.ids) / len(gathered.ids)
+        scale = 1 / temperature
         sufficient = self.config.form == "sufficient"
         candidates = of_other_views(gathered, self.views) if sufficient else gathered
         negatives = average_negatives if sufficient else view_negatives
-        against = negatives(local, candidates, self.views, scale, self.collectives)
+        negative_sums = negatives(local, candidates, self.views, scale, self.collectives)
         means = {v: positive_mean(local, candidates, v) for v in self.views}
         parts: dict[str, Tensor] = {}
-        sums, numbers = [], []
+        sums, counts = [], []
         for a in self.views:
             others = [a] if sufficient else [b for b in self.views if b != a]
             scores = torch.stack([scale * (local.z[a] * means[b]).sum(dim=1) for b in others])
-            there = torch.stack([has_positive(local, candidates, a, b) for b in others])
-            losses = average(logsigmoid(scores - against[a]), there, self.config.form)
-            everywhere = torch.stack([has_positive(gathered, candidates, a, b) for b in others]).any(dim=0)
-            sums.append(losses.masked_fill(~there.any(dim=0), 0).sum())
-            numbers.append(everywhere.sum().to(losses.dtype) * here)
-            parts[f"loss/{a}"] = sums[-1].detach() / numbers[-1].clamp_min(here)
+            valid = torch.stack([has_positive(local, candidates, a, b) for b in others])
+            losses = average(logsigmoid(scores - negative_sums[a]), valid, self.config.form)
+            all_valid = torch.stack([has_positive(gathered, candidates, a, b) for b in others]).any(dim=0)
+            sums.append(losses.masked_fill(~valid.any(dim=0), 0).sum())
+            counts.append(all_valid.sum())
+            parts[f"loss/{a}"] = BatchMean.over(counts[-1], local, gathered, losses.dtype)(sums[-1].detach())
         parts["temperature"] = temperature[0].detach()
-        return Losses(torch.stack(sums).sum() / torch.stack(numbers).sum().clamp_min(here), parts)
+        total = torch.stack(sums)
+        return Losses(BatchMean.over(torch.stack(counts), local, gathered, total.dtype)(total), parts)
 
 
 def average(
-    log_p: Float[Tensor, "p b"], there: Bool[Tensor, "p b"], form: Literal["geometric", "arithmetic", "sufficient"]
+    log_p: Float[Tensor, "p b"], valid: Bool[Tensor, "p b"], form: Literal["geometric", "arithmetic", "sufficient"]
 ) -> Float[Tensor, " b"]:
-    """Minus the log of the geometric or arithmetic mean over the positives that are there (0 where none is)."""
-    count = there.sum(dim=0).clamp_min(1).to(log_p.dtype)
+    """Minus the log of the geometric or arithmetic mean over the valid positives (0 where none is)."""
+    count = valid.sum(dim=0).clamp_min(1).to(log_p.dtype)
     if form == "arithmetic":
-        return count.log() - log_p.masked_fill(~there, LOG_ZERO).logsumexp(dim=0)
-    return -log_p.masked_fill(~there, 0).sum(dim=0) / count
+        return count.log() - log_p.masked_fill(~valid, LOG_ZERO).logsumexp(dim=0)
+    return -log_p.masked_fill(~valid, 0).sum(dim=0) / count
 
 
 def of_other_views(table: Embeddings, views: Sequence[str]) -> Embeddings:
     """The table with, in place of each view, the mean of the row's other views."""
-    means, some = mean_of_others({v: table.z[v] for v in views}, {v: table.present[v] for v in views})
-    return table._replace(z=means, present=some)
+    means, present = mean_of_others({v: table.z[v] for v in views}, {v: table.present[v] for v in views})
+    return table._replace(z=means, present=present)
 
 
 def view_negatives(
@@ -122,9 +125,9 @@ def average_negatives(
     local: Embeddings, candidates: Embeddings, views: Sequence[str], scale: Float[Tensor, "1"], collectives: Collectives
 ) -> dict[str, Float[Tensor, " b"]]:
     """For each anchor view, log-sum-exp over all averages of the other samples."""
-    exclude_same_id = local.ids, candidates.ids
+    ids = local.ids, candidates.ids
     sums = {
-        (a, v): autograd.logsumexp(local.z[a], candidates.z[v], scale, candidates.present[v], exclude_same_id)[0]
+        (a, v): autograd.logsumexp(local.z[a], candidates.z[v], scale, candidates.present[v], exclude_same_id=ids)[0]
         for a in views
         for v in views
     }

@@ -13,10 +13,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.distributed.gather import BatchMean
 from mvpretrain.objectives import ObjectiveConfig
 from mvpretrain.similarity import autograd
-from mvpretrain.similarity.all_pairs import positive_mean
 from mvpretrain.similarity.groups import count_by_key
+from mvpretrain.similarity.positives import positive_mean
 from mvpretrain.types import Embeddings, Losses
 
 
@@ -91,6 +92,6 @@ def pair_loss(
     # log sigmoid(x) = x - softplus(x), and log sigmoid(-x) = -softplus(x).
     logits = scale * (local.z[u] * positive).sum(dim=1) + bias
     losses = as_negatives - count_by_key(gathered.ids, gathered.present[v], local.ids) * logits
-    rows = (gathered.present[u].sum() + gathered.present[v].sum()).clamp_min(1).to(losses.dtype) / 2
-    here = len(local.ids) / len(gathered.ids)  # the part of the global rows that each rank counts as its own
-    return losses.masked_fill(~local.present[u], 0).sum() / (rows * here)
+    # B is half the sum of both views' rows.
+    rows = gathered.present[u].sum() + gathered.present[v].sum()
+    return 2 * BatchMean.over(rows, local, gathered, losses.dtype)(losses, local.present[u])

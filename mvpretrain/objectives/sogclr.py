@@ -10,12 +10,12 @@ from pydantic import Field
 from torch import nn
 
 from mvpretrain.distributed.collectives import Collectives
-from mvpretrain.objectives._moving_average import Gamma, MovingAverages, robust
-from mvpretrain.objectives._settings import AveragedConfig
+from mvpretrain.objectives._moving_average import Gamma, MovingAverages, robust_loss
+from mvpretrain.objectives._settings import MovingAverageConfig
 from mvpretrain.types import Embeddings, Losses
 
 
-class SogCLRConfig(AveragedConfig):
+class SogCLRConfig(MovingAverageConfig):
     """The global contrastive loss at a fixed temperature.
 
     `published: true` averages, with `in_view`, the sum of a sample's two anchors instead of their mean.
@@ -51,8 +51,11 @@ class SogCLR(nn.Module):
         (old,) = self.averages.read(local, gathered)
         tau = old.new_full((len(local.ids),), self.config.temperature)
         doubled = math.log(2) if self.config.published and self.config.in_view else 0.0
-        count = len(self.averages.directions)
-        measured = self.averages.measure(local, gathered, old, [tau] * count, lambda log_g: log_g + doubled)
-        losses = self.averages.total(measured, [robust(a, tau, 0.0) for a in measured.anchors])
-        self.averages.write(gathered, [measured.log_u])
-        return losses
+        return self.averages.losses(
+            local,
+            gathered,
+            old,
+            [tau] * len(self.averages.directions),
+            lambda anchors, t: robust_loss(anchors, t, 0.0),
+            adjust=lambda log_g: log_g + doubled,
+        )

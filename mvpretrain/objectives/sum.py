@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mvpretrain.config import Config, unknown
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.objectives import ObjectiveConfig, registry
-from mvpretrain.types import Embeddings, Losses, Objective
+from mvpretrain.types import ChoosesGather, Embeddings, Losses, Objective
 
 
 class Term(Config):
@@ -59,8 +59,8 @@ class SumConfig(ObjectiveConfig):
         return self
 
     def check(self, views: Sequence[str]) -> None:
-        for place, term in enumerate(self.terms):
-            where = f"objective.terms.{place}"
+        for index, term in enumerate(self.terms):
+            where = f"objective.terms.{index}"
             chosen = term.of(views)
             for v in chosen:
                 if v not in views:
@@ -107,8 +107,8 @@ class Sum(nn.Module):
         self.stateful = nn.ModuleDict({str(i): x for i, x in enumerate(objectives) if isinstance(x, nn.Module)})
 
     def gathers(self, rows: int, dim: int) -> bool:
-        """Everyone's table is gathered where a term needs it; the others then use it too."""
-        return any(getattr(x, "gathers", lambda *_: True)(rows, dim) for x in self.objectives)
+        """See `ChoosesGather`: where a term wants the gathered rows, the others use them too."""
+        return any(not isinstance(x, ChoosesGather) or x.gathers(rows, dim) for x in self.objectives)
 
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         parts: dict[str, Tensor] = {}

@@ -11,12 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mvpretrain.distributed.collectives import Collectives
-from mvpretrain.distributed.gather import own_rows
+from mvpretrain.distributed.gather import BatchMean, own_rows
 from mvpretrain.objectives import ObjectiveConfig
 from mvpretrain.objectives._settings import Temperature
 from mvpretrain.similarity.all_pairs import all_pairs
-from mvpretrain.similarity.autograd import add_log_sums
 from mvpretrain.similarity.groups import classes, count_by_key, sum_by_key
+from mvpretrain.similarity.log_sum_exp import add_log_sums
 from mvpretrain.types import Embeddings, Losses
 
 
@@ -62,25 +62,26 @@ class SupCon(nn.Module):
 
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         temperature = self.config.temperature.bounded(self.log_temperature)
-        scale, here = 1 / temperature, len(local.ids) / len(gathered.ids)
+        scale = 1 / temperature
         denominators = self.denominators(local, gathered, scale)
-        class_of_any = classes(gathered.ids, gathered.labels)
-        class_of_row = class_of_any[own_rows(local, self.collectives)]
+        all_classes = classes(gathered.ids, gathered.labels)
+        own_classes = all_classes[own_rows(local, self.collectives)]
         points = torch.stack([held(gathered, v) for v in self.views]).sum(dim=0)
-        sums = sum_by_key(class_of_any, points, class_of_row)
+        class_sums = sum_by_key(all_classes, points, own_classes)
         parts: dict[str, Tensor] = {}
-        values, numbers = [], []
+        sums, anchor_counts = [], []
         for u in self.views:
-            counts = self.positives(gathered, u, local.ids, class_of_row, class_of_any)
-            all_counts = self.positives(gathered, u, gathered.ids, class_of_any, class_of_any)
+            counts = self.positives(gathered, u, local.ids, own_classes, all_classes)
+            all_counts = self.positives(gathered, u, gathered.ids, all_classes, all_classes)
             own = sum_by_key(gathered.ids, held(gathered, u), local.ids)
-            mean = (sums - own) / counts.clamp_min(1)[:, None]
+            mean = (class_sums - own) / counts.clamp_min(1)[:, None]
             losses = denominators[u] - scale * (local.z[u] * mean).sum(dim=1)
-            values.append(losses.masked_fill(~(local.present[u] & (counts > 0)), 0).sum())
-            numbers.append((gathered.present[u] & (all_counts > 0)).sum().to(scale.dtype) * here)
-            parts[f"loss/{u}"] = values[-1].detach() / numbers[-1].clamp_min(here)
+            sums.append(losses.masked_fill(~(local.present[u] & (counts > 0)), 0).sum())
+            anchor_counts.append((gathered.present[u] & (all_counts > 0)).sum())
+            parts[f"loss/{u}"] = BatchMean.over(anchor_counts[-1], local, gathered, scale.dtype)(sums[-1].detach())
         parts["temperature"] = temperature[0].detach()
-        return Losses(torch.stack(values).sum() / torch.stack(numbers).sum().clamp_min(here), parts)
+        mean = BatchMean.over(torch.stack(anchor_counts), local, gathered, scale.dtype)
+        return Losses(mean(torch.stack(sums)), parts)
 
     def denominators(
         self, local: Embeddings, gathered: Embeddings, scale: Float[Tensor, "1"]
@@ -92,10 +93,15 @@ class SupCon(nn.Module):
         return {u: add_log_sums([sums[u, v].lse for v in self.views]) for u in self.views}
 
     def positives(
-        self, gathered: Embeddings, u: str, ids: Int[Tensor, " b"], asked: Int[Tensor, " b"], known: Int[Tensor, " n"]
+        self,
+        gathered: Embeddings,
+        u: str,
+        ids: Int[Tensor, " b"],
+        row_classes: Int[Tensor, " b"],
+        all_classes: Int[Tensor, " n"],
     ) -> Int[Tensor, " b"]:
         """The number of positives of rows of view u with these ids and classes."""
-        count = sum(count_by_key(known, gathered.present[v], asked) for v in self.views)
+        count = sum(count_by_key(all_classes, gathered.present[v], row_classes) for v in self.views)
         return count - count_by_key(gathered.ids, gathered.present[u], ids)
 
 

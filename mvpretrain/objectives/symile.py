@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from mvpretrain.config import Config
 from mvpretrain.distributed.collectives import Collectives
-from mvpretrain.objectives import ObjectiveConfig, _tuples
+from mvpretrain.distributed.id_table import splitmix64
+from mvpretrain.objectives import ObjectiveConfig
 from mvpretrain.objectives._temperature import bounded_exp
-from mvpretrain.similarity import autograd
+from mvpretrain.objectives._tuples import Tuples, complete, tuple_mean
+from mvpretrain.similarity.autograd import Tensors, logsumexp, logsumexp_of_score
 from mvpretrain.types import Embeddings, Losses
 
 MIXED = -1  # stands for the sample of a tuple whose views come from several
@@ -98,15 +100,15 @@ class Symile(nn.Module):
         self.register_buffer("step", torch.zeros(1, dtype=torch.int64))
 
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
-        mine, theirs = _tuples.whole(local, self.views), _tuples.whole(gathered, self.views)
+        ours, theirs = complete(local, self.views), complete(gathered, self.views)
         s, k, d = self.config.scale, len(self.views), theirs.z[0].shape[1]
         factor = bounded_exp(self.log_scale, s.min, s.max)
         scale = factor * d ** ((k - 1) / 2) if s.per_dim else factor
-        rows = _tuples.rows_a_part(local, gathered, theirs)
+        mean = tuple_mean(local, gathered, theirs)
         # Numbers of samples from 0 on, so that MIXED is none of them.
         known, samples = theirs.ids.unique(return_inverse=True)
-        own = torch.searchsorted(known, mine.ids)
-        positive = scale * product(mine.z).sum(dim=1)
+        own = torch.searchsorted(known, ours.ids)
+        positive = scale * product(ours.z).sum(dim=1)
         parts: dict[str, Tensor] = {"scale": factor[0].detach()}
         values = []
         for u, view in enumerate(self.views):
@@ -114,18 +116,18 @@ class Symile(nn.Module):
             if self.config.negatives == "linear":
                 orders = self.orders(theirs, u)
                 drawn = [z[order] for z, order in zip(rest, orders)]
-                found = against_drawn(mine.z[u], own, drawn, [samples[order] for order in orders], scale)
+                negatives = linear_negatives(ours.z[u], own, drawn, [samples[order] for order in orders], scale)
             else:
-                found = against_all(mine.z[u], own, rest, samples, scale)
-            values.append((torch.logaddexp(found.lse, positive) - positive).sum() / rows)
+                negatives = quadratic_negatives(ours.z[u], own, rest, samples, scale)
+            values.append(mean(torch.logaddexp(negatives.lse, positive) - positive))
             parts[f"loss/{view}"] = values[-1].detach()
-            parts[f"accuracy/{view}"] = (positive > found.top).sum() / rows
+            parts[f"accuracy/{view}"] = mean(positive > negatives.top)
         if self.training:
             self.step += 1
         return Losses(torch.stack(values).mean(), parts)
 
     @torch.no_grad()
-    def orders(self, gathered: _tuples.Tuples, u: int) -> list[Int[Tensor, " n"]]:
+    def orders(self, gathered: Tuples, u: int) -> list[Int[Tensor, " n"]]:
         """For each view but u, an order of the rows."""
         # Rows of one id have one hash; what they hold decides between them, so that their place in the table does not.
         by_content = torch.stack(gathered.z).sum(dim=0)[:, 0].argsort()
@@ -133,77 +135,66 @@ class Symile(nn.Module):
         found = []
         for v in (v for v in range(k) if v != u):
             salt = (self.step * k + u) * k + v
-            keys = scrambled(gathered.ids[by_content] + scrambled(salt))
+            keys = splitmix64(gathered.ids[by_content] + splitmix64(salt))
             found.append(by_content[keys.argsort(stable=True)])
         return found
 
 
-class Against(NamedTuple):
+class NegativeSums(NamedTuple):
     """What each local anchor finds in the tuples that are not wholly of its own sample."""
 
     lse: Float[Tensor, " b"]  # log-sum-exp of the scaled inner products; -inf where there is no tuple
     top: Float[Tensor, " b"]  # the largest of them; no gradient
 
 
-def against_drawn(
+def linear_negatives(
     anchor: Float[Tensor, "b d"],
     own: Int[Tensor, " b"],
     rest: Sequence[Float[Tensor, "n d"]],
     samples: Sequence[Int[Tensor, " n"]],
     scale: Float[Tensor, "1"],
-) -> Against:
+) -> NegativeSums:
     """The t-th rows of the tables `rest` are a tuple; `samples` says whose rows they are, `own` whose the anchors."""
-    products, owners = product(rest), owner(samples)
-    lse, best = autograd.logsumexp(anchor, products, scale, owners >= MIXED, exclude_same_id=(own, owners))
+    products, owners = product(rest), sample_of(samples)
+    lse, argmax = logsumexp(anchor, products, scale, owners >= MIXED, exclude_same_id=(own, owners))
     with torch.no_grad():
-        top = scale * (anchor * products[best]).sum(dim=1)
-    return Against(lse, top.masked_fill(lse == -torch.inf, -torch.inf))
+        top = scale * (anchor * products[argmax]).sum(dim=1)
+    return NegativeSums(lse, top.masked_fill(lse == -torch.inf, -torch.inf))
 
 
-def against_all(
+def quadratic_negatives(
     anchor: Float[Tensor, "b d"],
     own: Int[Tensor, " b"],
     rest: Sequence[Float[Tensor, "n d"]],
     samples: Int[Tensor, " n"],
     scale: Float[Tensor, "1"],
-) -> Against:
+) -> NegativeSums:
     """Every combination of rows of the tables is a tuple; their products are made when a tile needs them."""
     n = len(samples)
     numbers = torch.arange(n ** len(rest), device=samples.device)
 
-    def places(numbers: Tensor) -> list[Tensor]:
-        return [numbers // n**place % n for place in range(len(rest))]
+    def rows_of(numbers: Tensor) -> list[Tensor]:
+        """The row of each table in the tuples of these numbers: digits to the base n."""
+        return [numbers // n**digit % n for digit in range(len(rest))]
 
-    def score(rows: _tuples.Tensors, columns: _tuples.Tensors, shared: _tuples.Tensors) -> Tensor:
+    def score(rows: Tensors, columns: Tensors, shared: Tensors) -> Tensor:
         scale, *rest = shared
-        return (rows[0] * scale) @ product([z[p] for z, p in zip(rest, places(columns[0]))]).T
+        return (rows[0] * scale) @ product([z[i] for z, i in zip(rest, rows_of(columns[0]))]).T
 
-    owners = owner([samples[p] for p in places(numbers)])
-    lse, best = autograd.logsumexp_of_score(
+    owners = sample_of([samples[i] for i in rows_of(numbers)])
+    lse, argmax = logsumexp_of_score(
         score, (anchor,), (numbers,), (scale, *rest), owners >= MIXED, exclude_same_id=(own, owners)
     )
     with torch.no_grad():
-        top = scale * (anchor * product([z[p] for z, p in zip(rest, places(numbers[best]))])).sum(dim=1)
-    return Against(lse, top.masked_fill(lse == -torch.inf, -torch.inf))
+        top = scale * (anchor * product([z[i] for z, i in zip(rest, rows_of(numbers[argmax]))])).sum(dim=1)
+    return NegativeSums(lse, top.masked_fill(lse == -torch.inf, -torch.inf))
 
 
 def product(tables: Sequence[Float[Tensor, "n d"]]) -> Float[Tensor, "n d"]:
     return reduce(torch.mul, tables)
 
 
-def owner(samples: Sequence[Int[Tensor, " t"]]) -> Int[Tensor, " t"]:
+def sample_of(samples: Sequence[Int[Tensor, " t"]]) -> Int[Tensor, " t"]:
     """Whose sample a tuple is of in all of its places, or MIXED."""
     same = torch.stack([s == samples[0] for s in samples]).all(dim=0)
     return samples[0].masked_fill(~same, MIXED)
-
-
-def scrambled(x: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """A hash of 64-bit integers (the finaliser of splitmix64, Steele et al. 2014); products wrap round."""
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-        x = (x ^ unsigned_shift(x, shift)) * factor
-    return x ^ unsigned_shift(x, 31)
-
-
-def unsigned_shift(x: Int[Tensor, " n"], bits: int) -> Int[Tensor, " n"]:
-    """x >> bits with zeros coming in; torch's own shift brings in the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)

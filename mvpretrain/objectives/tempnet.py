@@ -13,18 +13,17 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, normalize
 
 from mvpretrain.distributed.collectives import Collectives
-from mvpretrain.objectives._moving_average import Gamma, MovingAverages, robust, temperature_parts
-from mvpretrain.objectives._settings import AveragedConfig
+from mvpretrain.objectives._moving_average import Gamma, MovingAverages, robust_loss
+from mvpretrain.objectives._settings import MovingAverageConfig, agreed_dim
 from mvpretrain.types import Embeddings, Losses
 
 
-class TempNetConfig(AveragedConfig):
+class TempNetConfig(MovingAverageConfig):
     """The robust contrastive loss of isogclr at temperatures predicted from the anchor: nothing is kept by sample.
 
     Temperatures are in [min, max]; the network of each view has so many `prototypes`, compared by a softmax whose own
-    temperature starts at `sharpness`. `gamma` of 1 takes the batch's
-    own negatives; below 1, the moving averages of sogclr are kept by id (the authors' code has 0.8). `dim` is the width
-    of the embeddings, which a recipe fills in.
+    temperature starts at `sharpness`. `gamma` of 1 takes the batch's own negatives; below 1, the moving averages of
+    sogclr are kept by id (the authors' code has 0.8). `dim` is the width of the embeddings, which a recipe fills in.
     """
 
     kind: Literal["tempnet"] = "tempnet"
@@ -44,9 +43,7 @@ class TempNetConfig(AveragedConfig):
         return self
 
     def for_dim(self, dim: int) -> TempNetConfig:
-        if self.dim not in (None, dim):
-            raise ValueError(f"objective.dim is {self.dim}, and embeddings have dim={dim}; remove objective.dim")
-        return self.model_copy(update={"dim": dim})
+        return self.model_copy(update={"dim": agreed_dim(self.dim, dim)})
 
     def build(self, views: Sequence[str], collectives: Collectives) -> TempNet:
         if self.dim is None:
@@ -79,13 +76,14 @@ class TempNet(nn.Module):
         (old,) = self.averages.read(local, gathered)
         predicted = {v: network(local.z[v].detach()) for v, network in zip(self.views, self.networks, strict=True)}
         tau = [predicted[a] for a, _ in self.averages.directions]
-        measured = self.averages.measure(local, gathered, old, tau)
-        losses = self.averages.total(
-            measured, [robust(a, t, self.config.rho) for a, t in zip(measured.anchors, tau, strict=True)]
+        return self.averages.losses(
+            local,
+            gathered,
+            old,
+            tau,
+            lambda anchors, t: robust_loss(anchors, t, self.config.rho),
+            bounds=(self.config.min, self.config.max),
         )
-        self.averages.write(gathered, [measured.log_u])
-        parts = temperature_parts(measured.tau, measured.valid, self.config.min, self.config.max)
-        return Losses(losses.total, losses.parts | parts)
 
 
 class Predictor(nn.Module):

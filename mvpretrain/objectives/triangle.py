@@ -5,32 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
 from mvpretrain.distributed.collectives import Collectives
-from mvpretrain.objectives import ObjectiveConfig, _tuples
-from mvpretrain.objectives._settings import Temperature, anchor_views
-from mvpretrain.objectives._tuples import Sides, Tensors, Tuples
+from mvpretrain.objectives._tuples import AnchoredTupleConfig, TupleFeatures, Tuples, complete, contrast, tuple_mean
+from mvpretrain.similarity.autograd import Tensors
 from mvpretrain.types import Embeddings, Losses
 
 FLAT = 1e-6  # added to the squared area, times four: a root has no gradient at 0
 
 
-class TriangleConfig(ObjectiveConfig):
-    """`anchor` is the view that is exchanged between triples: a name, `all` for each in turn, or none for the first.
+class TriangleConfig(AnchoredTupleConfig):
+    """The area of triples; `anchor` is the view that other rows replace: a name, `all` in turn, or the first.
 
     `alpha` weighs the mean cosine between the anchor and the other two, which is taken off the area. `label_smoothing`
     spreads that part of the target over all candidates (0.1 in the authors' code); it costs one more pass over them.
     """
 
     kind: Literal["triangle"] = "triangle"
-    anchor: str | None = None
     alpha: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    temperature: Temperature = Temperature()
 
     def check(self, views: Sequence[str]) -> None:
         if len(views) != 3:
@@ -38,7 +33,7 @@ class TriangleConfig(ObjectiveConfig):
                 f"objective kind 'triangle' takes 3 views, got {len(views)}: {', '.join(views)}; kind 'gram' takes "
                 "any number"
             )
-        anchor_views(self.anchor, views)
+        self.anchor_views(views)
         self.temperature.refuse_per_pair("triangle compares whole triples and has one temperature")
 
     def build(self, views: Sequence[str], collectives: Collectives) -> Triangle:
@@ -46,8 +41,8 @@ class TriangleConfig(ObjectiveConfig):
 
     def memory(self, views: int, rows: int, gathered: int, dim: int) -> int:
         packed = 2 * gathered * views * dim * 4  # whole triples, and their gradient
-        times = views if self.anchor == "all" else 1
-        return super().memory(views, rows, gathered, dim) + times * packed + 512 * 1024 * 24 * 4
+        anchors = views if self.anchor == "all" else 1
+        return super().memory(views, rows, gathered, dim) + anchors * packed + 512 * 1024 * 24 * 4
 
 
 class Triangle(nn.Module):
@@ -72,22 +67,16 @@ class Triangle(nn.Module):
 
     def __init__(self, config: TriangleConfig, views: Sequence[str]):
         super().__init__()
-        self.config, self.views, self.anchor_views = config, list(views), anchor_views(config.anchor, views)
+        self.config, self.views = config, list(views)
         self.log_temperature = config.temperature.parameter()
 
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         temperature = self.config.temperature.bounded(self.log_temperature)
-        mine, theirs = _tuples.whole(local, self.views), _tuples.whole(gathered, self.views)
-        rows = _tuples.rows_a_part(local, gathered, theirs)
-        parts = {"temperature": temperature[0].detach(), "area": (areas(*mine.z).sum() / rows).detach()}
-        values = []
-        for anchor in self.anchor_views:
-            at, smoothing = self.views.index(anchor), self.config.label_smoothing
-            found = _tuples.both_ways(self.score, sides(mine, at), sides(theirs, at), (temperature,), smoothing)
-            values.append(found.loss.sum() / rows)
-            parts[f"loss/{anchor}"] = values[-1].detach()
-            parts[f"accuracy/{anchor}"] = found.on_top.sum() / rows
-        return Losses(torch.stack(values).mean(), parts)
+        ours, theirs = complete(local, self.views), complete(gathered, self.views)
+        mean = tuple_mean(local, gathered, theirs)
+        parts = {"temperature": temperature[0].detach(), "area": mean(areas(*ours.z)).detach()}
+        found = contrast(self.config, self.views, ours, theirs, mean, features, self.score, temperature)
+        return Losses(found.total, parts | found.parts)
 
     def score(self, anchors: Tensors, rests: Tensors, shared: Tensors) -> Float[Tensor, "*batch b n"]:
         """(alpha cos - A) / tau of each anchor with the other two views of each triple."""
@@ -99,11 +88,12 @@ class Triangle(nn.Module):
         return (self.config.alpha * cosine - area(uu, vv, uv)) / temperature
 
 
-def sides(triples: Tuples, at: int) -> Sides:
-    """Of the anchor, the view at that place, its row and squared length; of the other two their rows, squared lengths,
-    and inner product."""
+def features(triples: Tuples, at: int) -> TupleFeatures:
+    """Of the anchor, the view of that index, its row and squared length; of the other two their rows, squared lengths,
+    and inner product.
+    """
     a, (b, c) = triples.z[at], (z for v, z in enumerate(triples.z) if v != at)
-    return Sides((a, squared(a)), (b, c, squared(b), squared(c), (b * c).sum(dim=1)), triples.ids)
+    return TupleFeatures((a, squared(a)), (b, c, squared(b), squared(c), (b * c).sum(dim=1)), triples.ids)
 
 
 def squared(x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:

@@ -64,8 +64,8 @@ class Vicreg(nn.Module):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         present = torch.stack([gathered.present[v] for v in self.views], dim=1)
         invariance = distance_between_views(z, present)
-        scaled = z * z.shape[2] ** 0.5
-        terms = [spread(x[p], self.config.deviation) for x, p in zip(scaled.unbind(1), present.unbind(1))]
+        scaled, deviation = z * z.shape[2] ** 0.5, self.config.deviation
+        terms = [variance_and_covariance(x[p], deviation) for x, p in zip(scaled.unbind(1), present.unbind(1))]
         variance, covariance = (torch.stack(term).mean() for term in zip(*terms))
         c = self.config
         total = c.invariance * invariance + 2 * (c.variance * variance + c.covariance * covariance)
@@ -83,7 +83,7 @@ def distance_between_views(z: Float[Tensor, "n k d"], present: Bool[Tensor, "n k
     return (count * to_mean).sum() / pairs.clamp_min(1)
 
 
-def spread(x: Float[Tensor, "m d"], deviation: float) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+def variance_and_covariance(x: Float[Tensor, "m d"], deviation: float) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """The variance and the covariance term of one view."""
     rows, d = x.shape
     if rows < 2:

@@ -1,16 +1,22 @@
-"""One pass over the scaled similarities of two tables, tile by tile: closed forms, forward and backward."""
+"""One pass over the scaled similarities of two tables, tile by tile: closed forms, forward and backward.
+
+A tile is a block of rows times a block of columns; the b x n numbers are never held at once. On a GPU the same two
+passes are Triton kernels (`triton.py`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mvpretrain.similarity.log_sum_exp import LogSumExp, OnlineLogSumExp, finite, or_inf, without_empty
+
 ROWS, COLUMNS = 512, 1024  # one tile of float32 is 2 MiB: it stays near the cores and is large enough for the product
-CACHE = 2**27  # bytes of tiles that one backward may find ready instead of computing them again
+CACHE_BYTES = 2**27  # bytes of tiles that one backward may find ready instead of computing them again
 EXP_RANGE = 60.0  # e^60 squared is still a float32: within it, one exponential serves rows and columns
 
 
@@ -23,31 +29,26 @@ class PairMask(NamedTuple):
     column_ids: Int[Tensor, " n"] | None = None
 
 
-class LogSumExp(NamedTuple):
-    """For each row (or column): log-sum-exp over what it is paired with, and the index of the largest term."""
-
-    lse: Float[Tensor, " b"]
-    argmax: Int[Tensor, " b"]
-
-
 class Compaction(NamedTuple):
-    """The places of the rows and columns that are valid, where either are less than half.
+    """The indices of the valid rows and columns, for tables of which less than half of either are valid.
 
-    Then they are worked on alone: in the students' views, all rows of a queue are absent.
+    Only the valid ones are then worked on: in a student's views, all rows of the queue are absent.
     """
 
     rows: Int[Tensor, " r"] | slice
     columns: Int[Tensor, " c"] | slice
-    empty: bool
+    empty: bool  # no row or no column is valid
 
     @classmethod
     def of(cls, mask: PairMask) -> Compaction | None:
+        """None where at least half of the rows and half of the columns are valid."""
         rows, columns = torch.stack([mask.rows.sum(), mask.columns.sum()]).tolist()
         if 2 * rows >= len(mask.rows) and 2 * columns >= len(mask.columns):
             return None
         return cls(_indices(mask.rows, rows), _indices(mask.columns, columns), not rows or not columns)
 
     def pair_mask(self, mask: PairMask) -> PairMask:
+        """The mask of the valid rows and columns alone."""
         valid = mask.rows[self.rows], mask.columns[self.columns]
         if mask.row_ids is None or mask.column_ids is None:
             return PairMask(*valid)
@@ -56,8 +57,8 @@ class Compaction(NamedTuple):
     def transposed(self) -> Compaction:
         return Compaction(self.columns, self.rows, self.empty)
 
-    def scatter(self, sums: LogSumExp, valid: Bool[Tensor, " b"]) -> Sums:
-        """The sums of the rows that are worked on, as those of all rows."""
+    def scatter(self, sums: LogSumExp, valid: Bool[Tensor, " b"]) -> LogSumExp:
+        """The valid rows' sums at their places among all rows; -inf and index 0 elsewhere."""
         argmax = sums.argmax if isinstance(self.columns, slice) else self.columns[sums.argmax]
         whole = LogSumExp(sums.lse.new_full((len(valid),), -torch.inf), torch.zeros_like(valid, dtype=torch.int64))
         whole.lse[self.rows], whole.argmax[self.rows] = sums.lse, argmax.masked_fill(sums.lse == -torch.inf, 0)
@@ -69,20 +70,20 @@ def _indices(valid: Tensor, count: int) -> Tensor | slice:
 
 
 class TileCache:
-    """Tiles of a forward pass that its backward takes instead of computing them again: those that fit a fixed room.
+    """Tiles of a forward pass that its backward takes instead of computing them again, up to `CACHE_BYTES`.
 
     Small batches, where the objective costs little memory and some time, save one product of four by it.
     """
 
     def __init__(self) -> None:
-        self.left = CACHE
+        self.bytes_left = CACHE_BYTES
         self.tiles: dict[Hashable, Tensor] = {}
 
     def put(self, key: Hashable, tile: Tensor) -> None:
         size = tile.numel() * tile.element_size()
-        if size <= self.left:
+        if size <= self.bytes_left:
             self.tiles[key] = tile.clone()
-            self.left -= size
+            self.bytes_left -= size
 
     def take(self, key: Hashable) -> Tensor | None:
         return self.tiles.pop(key, None)
@@ -96,44 +97,54 @@ def forward(
     both: bool,
     cache: tuple[TileCache, Hashable] | None = None,
 ) -> tuple[LogSumExp, LogSumExp | None]:
-    """Sums over columns for each row and, if `both`, over rows for each column, from one product a tile.
+    """The sums over columns for each row and, if `both`, over rows for each column, from one product a tile.
 
-    No gradient. A row or column that is paired with nothing has lse and top -inf and best 0. Memory: one tile,
-    and those put into `cache` under the given name.
+    No gradient. A row or column that is paired with nothing has lse -inf and argmax 0. Memory: one tile, and the tiles
+    that are put into `cache` = (cache, name) under that name.
     """
     if compact := Compaction.of(mask):
         if compact.empty:
-            return OnlineLogSumExp(len(rows), rows).sums(), OnlineLogSumExp(len(columns), rows).sums() if both else None
-        found = forward(rows[compact.rows], columns[compact.columns], scale, compact.pair_mask(mask), both, cache)
-        return compact.scatter(found[0], mask.rows), compact.transposed().scatter(found[1], mask.columns) if found[
-            1
-        ] else None
+            empty = [OnlineLogSumExp.empty(rows, len(x)).result() for x in (rows, columns)]
+            return empty[0], empty[1] if both else None
+        row, column = forward(rows[compact.rows], columns[compact.columns], scale, compact.pair_mask(mask), both, cache)
+        return (
+            compact.scatter(row, mask.rows),
+            compact.transposed().scatter(column, mask.columns) if column else None,
+        )
     if _on_gpu(rows, columns):
         return _fused_forward(rows, columns, scale, mask, both)
-    by_row = OnlineLogSumExp(len(rows), rows)
-    by_column = OnlineLogSumExp(len(columns), rows) if both else None
+    by_row = OnlineLogSumExp.empty(rows, len(rows))
+    by_column = OnlineLogSumExp.empty(rows, len(columns)) if both else None
     for i, j, tile in scaled_tiles(rows, columns, scale, mask):
         if cache:
             cache[0].put((cache[1], i.start, j.start), tile)
-        row_peak = tile.amax(dim=1)
-        by_row.update_argmax(i, j.start, row_peak, lambda at, tile=tile: tile[at].argmax(dim=1))
-        if not by_column:
-            by_row.add(i, row_peak, tile.sub_(finite(row_peak)[:, None]).exp_().sum(dim=1))
-            continue
-        peak = tile.amax(dim=0)
-        by_column.update_argmax(j, i.start, peak, lambda at, tile=tile: tile[:, at].argmax(dim=0))
-        top = row_peak.amax()
-        if top == -torch.inf:
-            continue
-        low = torch.minimum(_or_inf(row_peak).amin(), _or_inf(peak).amin())
-        if top - low < EXP_RANGE:
-            tile.sub_(top).exp_()
-            by_row.add(i, top.expand_as(row_peak), tile.sum(dim=1))
-            by_column.add(j, top.expand_as(peak), tile.sum(dim=0))
+        row_top = tile.amax(dim=1)
+        by_row.update_argmax(i, j.start, row_top, lambda at, tile=tile: tile[at].argmax(dim=1))
+        if by_column:
+            column_top = tile.amax(dim=0)
+            by_column.update_argmax(j, i.start, column_top, lambda at, tile=tile: tile[:, at].argmax(dim=0))
+            _add_both(tile, (by_row, i, row_top), (by_column, j, column_top))
         else:
-            by_row.add(i, row_peak, (tile - finite(row_peak)[:, None]).exp_().sum(dim=1))
-            by_column.add(j, peak, tile.sub_(finite(peak)).exp_().sum(dim=0))
-    return by_row.sums(), by_column.sums() if by_column else None
+            by_row.add(i, row_top + tile.sub_(finite(row_top)[:, None]).exp_().sum(dim=1).log())
+    return by_row.result(), by_column.result() if by_column else None
+
+
+def _add_both(
+    tile: Tensor, by_row: tuple[OnlineLogSumExp, slice, Tensor], by_column: tuple[OnlineLogSumExp, slice, Tensor]
+) -> None:
+    """Add a tile, which is overwritten, to the (sums, place, largest term) of its rows and of its columns."""
+    (rows, i, row_top), (columns, j, column_top) = by_row, by_column
+    top = row_top.amax()
+    if top == -torch.inf:
+        return
+    low = torch.minimum(or_inf(row_top).amin(), or_inf(column_top).amin())
+    if top - low < EXP_RANGE:
+        tile.sub_(top).exp_()
+        rows.add(i, top.expand_as(row_top) + tile.sum(dim=1).log())
+        columns.add(j, top.expand_as(column_top) + tile.sum(dim=0).log())
+    else:
+        rows.add(i, row_top + (tile - finite(row_top)[:, None]).exp_().sum(dim=1).log())
+        columns.add(j, column_top + tile.sub_(finite(column_top)).exp_().sum(dim=0).log())
 
 
 def backward(
@@ -144,40 +155,39 @@ def backward(
     by_row: tuple[Float[Tensor, " b"], Float[Tensor, " b"]],
     by_column: tuple[Float[Tensor, " n"], Float[Tensor, " n"]] | None,
     cache: tuple[TileCache, Hashable] | None = None,
-    sides: tuple[bool, bool] = (True, True),
+    wanted: tuple[bool, bool] = (True, True),
 ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "n d"]]:
     """(G columns, G^T rows) with G_ij = g_i e^(s_ij - lse_i) + h_j e^(s_ij - lse_j), the factor `scale` left out.
 
-    `by_row` is (lse, its gradient g) of the rows, `by_column` (lse, h) of the columns: they may be sums over more than
-    these rows. One product recomputes a tile, two use it; a side that is not asked for stays 0. -inf sums have no
-    gradient.
+    `by_row` is (lse, its gradient g) of the rows, `by_column` (lse, h) of the columns; the sums may be over more than
+    these rows and columns. Sums that are -inf have no gradient. `wanted` says whether the rows' and the columns'
+    gradient is asked for; the other stays 0. Cost: one product recomputes a tile that is not in `cache`, two use it.
     """
     if compact := Compaction.of(mask):
-        to_rows, to_columns = (x.new_zeros(x.shape, dtype=by_row[0].dtype) for x in (rows, columns))
+        grad_rows, grad_columns = (x.new_zeros(x.shape, dtype=by_row[0].dtype) for x in (rows, columns))
         if not compact.empty:
             i, j = compact.rows, compact.columns
             sums = (by_row[0][i], by_row[1][i]), (by_column[0][j], by_column[1][j]) if by_column else None
-            to_rows[i], to_columns[j] = backward(
-                rows[i], columns[j], scale, compact.pair_mask(mask), *sums, cache, sides
-            )
-        return to_rows, to_columns
+            small = rows[i], columns[j], scale, compact.pair_mask(mask)
+            grad_rows[i], grad_columns[j] = backward(*small, *sums, cache, wanted)
+        return grad_rows, grad_columns
     if _on_gpu(rows, columns):
         return _fused_backward(rows, columns, scale, mask, by_row, by_column)
     row_lse, row_grad = without_empty(*by_row)
     column_lse, column_grad = without_empty(*by_column) if by_column else (None, None)
-    to_rows, to_columns = torch.zeros_like(rows), torch.zeros_like(columns)
+    grad_rows, grad_columns = torch.zeros_like(rows), torch.zeros_like(columns)
     for i, j, tile in scaled_tiles(rows, columns, scale, mask, cache):
-        to_column = None if column_lse is None or column_grad is None else (column_lse[j], column_grad[j])
-        weight = _weight(tile, (row_lse[i], row_grad[i]), to_column)
-        if sides[0]:
-            to_rows[i].addmm_(weight, columns[j])
-        if sides[1]:
-            to_columns[j].addmm_(weight.T, rows[i])
-    return to_rows, to_columns
+        of_columns = None if column_lse is None or column_grad is None else (column_lse[j], column_grad[j])
+        weight = _weight(tile, (row_lse[i], row_grad[i]), of_columns)
+        if wanted[0]:
+            grad_rows[i].addmm_(weight, columns[j])
+        if wanted[1]:
+            grad_columns[j].addmm_(weight.T, rows[i])
+    return grad_rows, grad_columns
 
 
 def _weight(tile: Tensor, by_row: tuple[Tensor, Tensor], by_column: tuple[Tensor, Tensor] | None) -> Tensor:
-    """G of one tile, in the tile's place."""
+    """G of one tile, which is overwritten."""
     lse, grad = by_row
     if by_column is None:
         return tile.sub_(lse[:, None]).exp_().mul_(grad[:, None])
@@ -192,11 +202,6 @@ def _weight(tile: Tensor, by_row: tuple[Tensor, Tensor], by_column: tuple[Tensor
     return tile.sub_(lse[:, None]).exp_().mul_(grad[:, None]).add_(other)
 
 
-def without_empty(lse: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    empty = lse == -torch.inf
-    return lse.masked_fill(empty, 0), grad.masked_fill(empty, 0)
-
-
 def scaled_tiles(
     rows: Tensor, columns: Tensor, scale: Tensor, mask: PairMask, cache: tuple[TileCache, Hashable] | None = None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -204,22 +209,22 @@ def scaled_tiles(
 
     Tiles without a valid row or without a valid column are left out: nothing in them counts.
     """
-    room = rows.new_empty(ROWS * COLUMNS)  # one allocation: pages that are mapped anew cost as much as the product
-    there = [(j, *any_and_all(mask.columns[j])) for j in slices(len(columns), COLUMNS)]
+    buffer = rows.new_empty(ROWS * COLUMNS)  # one allocation: pages that are mapped anew cost as much as the product
+    column_blocks = [(j, *any_and_all(mask.columns[j])) for j in slices(len(columns), COLUMNS)]
     for i in slices(len(rows), ROWS):
-        some_rows, all_rows = any_and_all(mask.rows[i])
-        if not some_rows:
+        any_row, all_rows = any_and_all(mask.rows[i])
+        if not any_row:
             continue
         scaled = rows[i] * scale
-        for j, some_columns, all_columns in there:
-            if not some_columns:
+        for j, any_column, all_columns in column_blocks:
+            if not any_column:
                 continue
             kept = cache and cache[0].take((cache[1], i.start, j.start))
             if kept is not None:
                 yield i, j, kept
                 continue
             size = i.stop - i.start, j.stop - j.start
-            tile = torch.mm(scaled, columns[j].T, out=room[: size[0] * size[1]].view(size))
+            tile = torch.mm(scaled, columns[j].T, out=buffer[: size[0] * size[1]].view(size))
             if not all_rows:
                 tile.masked_fill_(~mask.rows[i, None], -torch.inf)
             if not all_columns:
@@ -231,27 +236,6 @@ def scaled_tiles(
 
 def any_and_all(valid: Tensor) -> tuple[bool, bool]:
     return bool(valid.any()), bool(valid.all())
-
-
-class OnlineLogSumExp:
-    """Sums that grow tile by tile: the online merge of log-sum-exps."""
-
-    def __init__(self, length: int, like: Tensor):
-        self.top = like.new_full((length,), -torch.inf)
-        self.lse = self.top.clone()
-        self.argmax = torch.zeros(length, dtype=torch.int64, device=like.device)
-
-    def add(self, at: slice, shift: Tensor, total: Tensor) -> None:
-        self.lse[at] = torch.logaddexp(self.lse[at], shift + total.log())
-
-    def update_argmax(self, at: slice, start: int, peak: Tensor, argmax: Callable[[Tensor], Tensor]) -> None:
-        """Look for the place of the peak only where it is a new one: after the first tiles, hardly anywhere."""
-        new = (peak > self.top[at]).nonzero().squeeze(1)
-        self.argmax[at][new] = argmax(new) + start
-        self.top[at][new] = peak[new]
-
-    def sums(self) -> Sums:
-        return LogSumExp(self.lse, self.argmax)
 
 
 def _on_gpu(rows: Tensor, columns: Tensor) -> bool:
@@ -267,9 +251,9 @@ def _fused_forward(
 ) -> tuple[LogSumExp, LogSumExp | None]:
     from mvpretrain.similarity import triton
 
-    row_lse, row_best, column_lse, column_best = triton.forward(rows, columns, scale.float(), *mask, both=both)
-    by_column = None if column_lse is None or column_best is None else LogSumExp(column_lse, column_best)
-    return LogSumExp(row_lse.masked_fill(~mask.rows, -torch.inf), row_best), by_column
+    row_lse, row_argmax, column_lse, column_argmax = triton.forward(rows, columns, scale.float(), *mask, both=both)
+    by_column = None if column_lse is None or column_argmax is None else LogSumExp(column_lse, column_argmax)
+    return LogSumExp(row_lse.masked_fill(~mask.rows, -torch.inf), row_argmax), by_column
 
 
 def _fused_backward(rows, columns, scale: Tensor, mask: PairMask, by_row, by_column) -> tuple[Tensor, Tensor]:
@@ -279,14 +263,6 @@ def _fused_backward(rows, columns, scale: Tensor, mask: PairMask, by_row, by_col
     return triton.backward(rows, columns, scale.float(), *mask, by_row[0], column_lse, by_row[1], column_grad)
 
 
-def finite(peak: Tensor) -> Tensor:
-    """Where there is nothing, 0: subtracting -inf would make NaN of it."""
-    return peak.masked_fill(peak == -torch.inf, 0)
-
-
-def _or_inf(peak: Tensor) -> Tensor:
-    return peak.masked_fill(peak == -torch.inf, torch.inf)
-
-
 def slices(length: int, step: int) -> list[slice]:
+    """Slices of at most `step` that cover `length`."""
     return [slice(at, min(at + step, length)) for at in range(0, length, step)]

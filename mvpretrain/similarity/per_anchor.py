@@ -1,6 +1,6 @@
 """What anchors find among candidates, each at a temperature of its own: one direction of a pair of views at a time.
 
-Where all anchors have one temperature, `similarity.all_pairs` has both directions of a pair from one product.
+Where all anchors have one temperature, `all_pairs` has both directions of a pair from one product.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mvpretrain.distributed.collectives import Collectives
-from mvpretrain.distributed.gather import own_rows, refuse_other_ranks
 from mvpretrain.similarity import blockwise
 from mvpretrain.similarity.autograd import without_autocast
-from mvpretrain.similarity.blockwise import PairMask
-from mvpretrain.similarity.groups import Groups, count_by_key
+from mvpretrain.similarity.groups import count_by_key
+from mvpretrain.similarity.log_sum_exp import without_empty
+from mvpretrain.similarity.tables import Direction, Tables
 from mvpretrain.types import Embeddings
 
-Direction = tuple[str, str]  # anchors' view, candidates' view
-Gradient = Literal["features", "scalars"]
+GradientMode = Literal["features", "scalars"]  # what is sent so that candidates get their gradient
 
 
 class PerAnchorSums(NamedTuple):
@@ -34,37 +33,7 @@ class PerAnchorSums(NamedTuple):
     top: Float[Tensor, " b"]  # its similarity, not scaled; no gradient
     positive: Float[Tensor, " b"]  # mean similarity, not scaled, to the candidates of the anchor's id; 0 without any
     candidates: Int[Tensor, " b"]  # how many there are in the sum
-    anchor: Bool[Tensor, " b"]  # whether the row is there and has a positive
-
-
-class _Job(NamedTuple):
-    collectives: Collectives
-    directions: Sequence[Direction]
-    local: Embeddings
-    gathered: Embeddings
-    exclude_same_id: bool
-    gradient: Gradient
-    groups: Groups
-
-    @property
-    def own(self) -> slice:
-        return own_rows(self.local, self.collectives)
-
-    @property
-    def whole(self) -> slice:
-        return slice(0, len(self.gathered.ids))
-
-    def pair_mask(self, rows: Embeddings, a: str, columns: Embeddings, c: str) -> PairMask:
-        ids = (rows.ids, columns.ids) if self.exclude_same_id else ()
-        return PairMask(rows.present[a], columns.present[c], *ids)
-
-    def tables(self, tensors: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        names = list(self.local.z)
-        return dict(zip(names, tensors)), dict(zip(names, tensors[len(names) :]))
-
-    def positives(self, gathered: dict[str, Tensor], c: str) -> Float[Tensor, "b d"]:
-        """For each local row the sum of the present rows of view c that carry its id."""
-        return self.groups.sum(gathered[c] * self.gathered.present[c][:, None], self.whole, self.own)
+    is_anchor: Bool[Tensor, " b"]  # whether the row is present and has a positive
 
 
 def per_anchor(
@@ -74,94 +43,112 @@ def per_anchor(
     scales: Float[Tensor, "w b"],
     collectives: Collectives,
     exclude_same_id: bool,
-    gradient: Gradient = "scalars",
+    gradient: GradientMode = "scalars",
 ) -> list[PerAnchorSums]:
     """For each direction (v, v included), sums over candidates of e^(scale_i s_ij), with a scale for each anchor.
 
     `exclude_same_id` leaves candidates of the anchor's own id out. Differentiable once, in z and scales. `gradient`
     says how candidates get theirs: `features` sends each row's back through the gather, O(n d) numbers; `scalars` (Wei
     et al. 2024, FastCLIP, section 4) sends four numbers an anchor and direction, and each rank computes what all
-    anchors ask of its own candidates. Both are equal, and cost 5 b n d multiplications a direction. Memory: O(n d) a
-    view, O(b d) a direction.
+    anchors ask of its own candidates. Both give the same, and cost 5 b n d multiplications a direction. Memory: O(n d)
+    a view, O(b d) a direction.
     """
-    refuse_other_ranks(local, gathered, collectives)
-    job = _Job(collectives, directions, local, gathered, exclude_same_id, gradient, Groups.by(gathered.ids))
+    tables = Tables.of(local, gathered, collectives, exclude_same_id)
     columns = [z.detach() if gradient == "scalars" else z for z in gathered.z.values()]
-    lse, mean, argmax, top, positive = _Directed.apply(job, scales, *local.z.values(), *columns)  # type: ignore[misc]
+    outputs = _PerAnchor.apply(tables, list(directions), gradient, scales, *local.z.values(), *columns)
+    lse, mean, argmax, top, positive = outputs  # type: ignore[misc]
     found = []
     for w, (a, c) in enumerate(directions):
-        same = count_by_key(gathered.ids, gathered.present[c], local.ids)
-        candidates = (
-            gathered.present[c].sum() - same if exclude_same_id else gathered.present[c].sum().expand(len(same))
-        )
-        anchor = local.present[a] & (same > 0)
-        found.append(PerAnchorSums(lse[w], mean[w], argmax[w], top[w], positive[w], candidates, anchor))
+        same_id, present = count_by_key(gathered.ids, gathered.present[c], local.ids), gathered.present[c].sum()
+        candidates = present - same_id if exclude_same_id else present.expand(len(same_id))
+        is_anchor = local.present[a] & (same_id > 0)
+        found.append(PerAnchorSums(lse[w], mean[w], argmax[w], top[w], positive[w], candidates, is_anchor))
     return found
 
 
-class _Directed(torch.autograd.Function):
+class _PerAnchor(torch.autograd.Function):
+    """Results have the dimensions (direction, row)."""
+
     @staticmethod
     @without_autocast
-    def forward(ctx: Any, job: _Job, scales, *tensors: Tensor):
-        local, gathered = job.tables(tensors)
+    def forward(ctx: Any, tables: Tables, directions: Sequence[Direction], gradient, scales, *tensors: Tensor):
+        local, gathered = tables.split(tensors)
         one, cache = scales.new_ones(1), blockwise.TileCache()
         lse, mean, top, positive = (torch.zeros_like(scales) for _ in range(4))
         argmax = torch.zeros_like(scales, dtype=torch.int64)
-        means, share = [], torch.ones_like(scales)
-        for w, (a, c) in enumerate(job.directions):
-            rows, mask = local[a] * scales[w, :, None], job.pair_mask(job.local, a, job.gathered, c)
+        means, positive_weight = [], torch.ones_like(scales)
+        for w, (a, c) in enumerate(directions):
+            rows, mask = local[a] * scales[w, :, None], tables.pair_mask(tables.local, a, tables.gathered, c)
             sums, _ = blockwise.forward(rows, gathered[c], one, mask, both=False, cache=(cache, w))
             lse[w], argmax[w] = sums
             # The candidates' mean, weighted as in the sum, has the mean similarity and the anchor's gradient in it.
             by_row = (sums.lse, torch.ones_like(sums.lse))
-            average, _ = blockwise.backward(rows, gathered[c], one, mask, by_row, None, (cache, w), sides=(True, False))
+            average, _ = blockwise.backward(rows, gathered[c], one, mask, by_row, None, (cache, w), (True, False))
             means.append(average)
             mean[w] = (rows * average).sum(dim=1)
             top[w] = (local[a] * gathered[c][sums.argmax]).sum(dim=1).masked_fill(sums.lse == -torch.inf, -torch.inf)
-            share[w] /= count_by_key(job.gathered.ids, job.gathered.present[c], job.local.ids).clamp_min(1)
-            positive[w] = (local[a] * job.positives(gathered, c)).sum(dim=1) * share[w]
-        ctx.job = job
-        ctx.save_for_backward(scales, lse, share, *means, *tensors)
+            same_id = count_by_key(tables.gathered.ids, tables.gathered.present[c], tables.local.ids)
+            positive_weight[w] /= same_id.clamp_min(1)
+            positive[w] = (local[a] * _positive_sums(tables, gathered, c)).sum(dim=1) * positive_weight[w]
+        ctx.tables, ctx.directions, ctx.gradient = tables, directions, gradient
+        ctx.save_for_backward(scales, lse, positive_weight, *means, *tensors)
         ctx.mark_non_differentiable(mean, argmax, top)
         return lse, mean, argmax, top, positive
 
     @staticmethod
     @once_differentiable
     @without_autocast
-    def backward(ctx: Any, to_lse, _mean, _best, _top, to_positive):  # type: ignore[override]
-        job: _Job = ctx.job
-        scales, lse, share, *rest = ctx.saved_tensors
-        means, tensors = rest[: len(job.directions)], rest[len(job.directions) :]
-        local, gathered = job.tables(tensors)
-        lse, to_lse = blockwise.without_empty(lse, to_lse)
-        to_scales = torch.zeros_like(scales)
-        to_local, to_every = ({v: torch.zeros_like(z) for v, z in table.items()} for table in (local, gathered))
-        asked = torch.stack([scales, lse, to_lse, to_positive * share])  # 4 w b
-        for w, (a, c) in enumerate(job.directions):
+    def backward(ctx: Any, grad_lse, _mean, _argmax, _top, grad_positive):  # type: ignore[override]
+        tables, directions = ctx.tables, ctx.directions
+        scales, lse, positive_weight, *rest = ctx.saved_tensors
+        means, tensors = rest[: len(directions)], rest[len(directions) :]
+        local, gathered = tables.split(tensors)
+        lse, grad_lse = without_empty(lse, grad_lse)
+        grad_scales = torch.zeros_like(scales)
+        grad_local, grad_gathered = ({v: torch.zeros_like(z) for v, z in table.items()} for table in (local, gathered))
+        terms = torch.stack([scales, lse, grad_lse, grad_positive * positive_weight])  # 4 w b
+        for w, (a, c) in enumerate(directions):
             # Where there is no candidate, the mean is 0.
-            to_scales[w] = to_lse[w] * (local[a] * means[w]).sum(dim=1)
-            to_local[a].addcmul_(means[w], (to_lse[w] * scales[w])[:, None])
-            to_local[a].addcmul_(job.positives(gathered, c), asked[3, w, :, None])
-        if job.gradient == "features":
-            for w, (a, c) in enumerate(job.directions):
-                anchors, candidates = (job.local, local[a], job.own), (job.gathered, gathered[c], job.whole)
-                to_every[c] += _asked_of(job, w, asked, anchors, candidates)
-            return None, to_scales, *to_local.values(), *to_every.values()
-        asked = job.collectives.gather(asked.permute(2, 0, 1).contiguous()).permute(1, 2, 0)
-        for w, (a, c) in enumerate(job.directions):
-            anchors, candidates = (job.gathered, gathered[a], job.whole), (job.local, local[c], job.own)
-            to_local[c] += _asked_of(job, w, asked, anchors, candidates)
-        return None, to_scales, *to_local.values(), *(None for _ in to_every)
+            grad_scales[w] = grad_lse[w] * (local[a] * means[w]).sum(dim=1)
+            grad_local[a].addcmul_(means[w], (grad_lse[w] * scales[w])[:, None])
+            grad_local[a].addcmul_(_positive_sums(tables, gathered, c), terms[3, w, :, None])
+        if ctx.gradient == "features":
+            for w, (a, c) in enumerate(directions):
+                anchors = _Rows(tables.local, a, local[a], tables.own)
+                candidates = _Rows(tables.gathered, c, gathered[c], tables.whole)
+                grad_gathered[c] += _candidate_gradient(tables, terms[:, w], anchors, candidates)
+            return None, None, None, grad_scales, *grad_local.values(), *grad_gathered.values()
+        terms = tables.collectives.gather(terms.permute(2, 0, 1).contiguous()).permute(1, 2, 0)
+        for w, (a, c) in enumerate(directions):
+            anchors = _Rows(tables.gathered, a, gathered[a], tables.whole)
+            candidates = _Rows(tables.local, c, local[c], tables.own)
+            grad_local[c] += _candidate_gradient(tables, terms[:, w], anchors, candidates)
+        return None, None, None, grad_scales, *grad_local.values(), *(None for _ in grad_gathered)
 
 
-Rows = tuple[Embeddings, Tensor, slice]  # a table, its rows of one view, and which rows of everyone's they are
+def _positive_sums(tables: Tables, gathered: dict[str, Tensor], c: str) -> Float[Tensor, "b d"]:
+    """For each local row the sum of the present rows of view c that carry its id."""
+    return tables.groups.sum(gathered[c] * tables.gathered.present[c][:, None], tables.whole, tables.own)
 
 
-def _asked_of(job: _Job, w: int, asked: Tensor, anchors: Rows, candidates: Rows) -> Tensor:
-    """The gradient in rows of candidates of what these anchors found in them, in the sums and as their positives."""
-    (a, c), (scale, lse, to_lse, to_positive) = job.directions[w], asked[:, w]
-    (rows, z, of), (columns, others, at) = anchors, candidates
-    mask, one = job.pair_mask(rows, a, columns, c), scale.new_ones(1)
-    _, found = blockwise.backward(z * scale[:, None], others, one, mask, (lse, to_lse), None, sides=(False, True))
-    weight = (to_positive * rows.present[a])[:, None]
-    return found.addcmul_(job.groups.sum(z * weight, of, at), columns.present[c][:, None].to(found.dtype))
+class _Rows(NamedTuple):
+    """The rows of one view of a table."""
+
+    table: Embeddings
+    view: str
+    z: Tensor
+    at: slice  # where they are in the gathered table
+
+
+def _candidate_gradient(tables: Tables, terms: Tensor, anchors: _Rows, candidates: _Rows) -> Tensor:
+    """The gradient of what these anchors found, in their sums and as their positives, in the rows of candidates.
+
+    `terms` are the anchors' scale, log-sum-exp, gradient of it, and gradient of the positives' sum.
+    """
+    scale, lse, grad_lse, grad_positive = terms
+    mask = tables.pair_mask(anchors.table, anchors.view, candidates.table, candidates.view)
+    rows, one = anchors.z * scale[:, None], scale.new_ones(1)
+    _, grad = blockwise.backward(rows, candidates.z, one, mask, (lse, grad_lse), None, wanted=(False, True))
+    weight = (grad_positive * anchors.table.present[anchors.view])[:, None]
+    of_positives = tables.groups.sum(anchors.z * weight, anchors.at, candidates.at)
+    return grad.addcmul_(of_positives, candidates.table.present[candidates.view][:, None].to(grad.dtype))

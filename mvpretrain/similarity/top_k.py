@@ -30,23 +30,23 @@ def top_k(rows: Float[Tensor, "b h d"], columns: Float[Tensor, "n h d"], k: int,
     similarity = rows.new_full((b, heads, k), -torch.inf)
     column = torch.zeros(b, heads, k, dtype=torch.int64, device=rows.device)
     mean = rows.new_full((b,), -torch.inf)
-    for i, j, tile in tiles(rows, columns, mask):
+    for i, j, tile in head_tiles(rows, columns, mask):
         mean[i] = torch.maximum(mean[i], tile.mean(dim=0).amax(dim=1))
-        found, place = tile.topk(min(k, tile.shape[2]), dim=2)
-        together = torch.cat([similarity[i], found.movedim(0, 1)], dim=2)
-        places = torch.cat([column[i], place.movedim(0, 1) + j.start], dim=2)
-        similarity[i], chosen = together.topk(k, dim=2)
-        column[i] = places.gather(2, chosen)
+        largest, index = tile.topk(min(k, tile.shape[2]), dim=2)
+        similarities = torch.cat([similarity[i], largest.movedim(0, 1)], dim=2)
+        indices = torch.cat([column[i], index.movedim(0, 1) + j.start], dim=2)
+        similarity[i], chosen = similarities.topk(k, dim=2)
+        column[i] = indices.gather(2, chosen)
     return TopK(similarity, column, mean)
 
 
-def tiles(rows: Tensor, columns: Tensor, mask: PairMask) -> Iterator[tuple[slice, slice, Float[Tensor, "h i j"]]]:
+def head_tiles(rows: Tensor, columns: Tensor, mask: PairMask) -> Iterator[tuple[slice, slice, Float[Tensor, "h i j"]]]:
     """(rows, columns, the similarities of each head), -inf where a pair does not count."""
     for i in slices(len(rows), ROWS):
         left = rows[i].movedim(1, 0)
         for j in slices(len(columns), COLUMNS):
-            gone = ~(mask.rows[i, None] & mask.columns[j])
+            excluded = ~(mask.rows[i, None] & mask.columns[j])
             if mask.row_ids is not None and mask.column_ids is not None:
-                gone |= mask.row_ids[i, None] == mask.column_ids[j]
+                excluded |= mask.row_ids[i, None] == mask.column_ids[j]
             right = columns[j].to(rows.dtype).permute(1, 2, 0)
-            yield i, j, torch.bmm(left, right).masked_fill_(gone, -torch.inf)
+            yield i, j, torch.bmm(left, right).masked_fill_(excluded, -torch.inf)

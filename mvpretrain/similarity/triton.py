@@ -30,8 +30,8 @@ from torch import Tensor
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DIM = 2048  # the largest d: with it, offsets inside a slab stay below 2**31
 SCRATCH = 2**27  # bytes of one slab's weights
-TALL = 8192  # rows of a slab, more where columns are few
-WHOLE = 128  # a multiple of every tile's sides
+SLAB_ROWS = 8192  # rows of a slab, more where columns are few
+MULTIPLE = 128  # a multiple of every tile's sides
 PROGRAMS = 256  # about two for each processor of a large GPU; fixed, so that every GPU sums in the same order
 
 
@@ -64,17 +64,17 @@ def forward(
     Float[Tensor, " n"] | None,
     Int[Tensor, " n"] | None,
 ]:
-    """(row_lse, row_best, column_lse, column_best): log sum e^(scale <row_i, column_j>) over j, and over i if `both`.
+    """(row_lse, row_argmax, column_lse, column_argmax): log sum e^(scale <row_i, column_j>) over j, over i if `both`.
 
-    A pair counts where both are valid and, with ids, their ids differ. best is the index of the largest term, the
-    lowest of equal ones. What is paired with nothing has lse -inf and best 0. lse is float32. Memory: 24 bytes a row
+    A pair counts where both are valid and, with ids, their ids differ. argmax is the index of the largest term, the
+    lowest of equal ones. What is paired with nothing has lse -inf and argmax 0. lse is float32. Memory: 24 bytes a row
     and column, and 32 MiB.
     """
     from mvpretrain.similarity import triton_kernels
 
     tables = _Tables.of(rows, columns, scale, row_valid, column_valid, row_ids, column_ids)
     blocks = _blocks(rows, rows.shape[1])
-    by_row, by_column = _Running.of(rows), _Running.of(columns) if both else None
+    by_row, by_column = _OnlineLogSumExp.of(rows), _OnlineLogSumExp.of(columns) if both else None
     with torch.cuda.device_of(rows):
         for i, j in _slabs(rows, columns):
             b, n = i.stop - i.start, j.stop - j.start
@@ -85,8 +85,8 @@ def forward(
             by_row.merge(row_parts, i, j.start)
             if by_column is not None and column_parts is not None:
                 by_column.merge(column_parts, j, i.start)
-    column_lse, column_best = by_column.sums() if by_column else (None, None)
-    return *by_row.sums(), column_lse, column_best
+    column_lse, column_argmax = by_column.result() if by_column else (None, None)
+    return *by_row.result(), column_lse, column_argmax
 
 
 def backward(
@@ -116,14 +116,16 @@ def backward(
     by_column = None if column_lse is None or column_grad is None else _base_2(column_lse, column_grad)
     gain = _gain(by_row, by_column)
     with torch.cuda.device_of(rows):
-        to_rows, to_columns = _Gradient.of(rows), _Gradient.of(columns)
-        room = rows.new_empty(min(SCRATCH // rows.element_size(), _whole(len(rows)) * _whole(len(columns))))
+        grad_rows, grad_columns = _Gradient.of(rows), _Gradient.of(columns)
+        scratch = rows.new_empty(
+            min(SCRATCH // rows.element_size(), _rounded_up(len(rows)) * _rounded_up(len(columns)))
+        )
         for i, j in _slabs(rows, columns):
             b, n = i.stop - i.start, j.stop - j.start
-            weights = room[: _whole(b) * _whole(n)].view(_whole(b), _whole(n))
+            weights = scratch[: _rounded_up(b) * _rounded_up(n)].view(_rounded_up(b), _rounded_up(n))
             grid = weights.shape[0] // blocks.ROWS, weights.shape[1] // blocks.COLUMNS
-            to_column = by_column[:, j] if by_column is not None else (None, None)
-            sums = *by_row[:, i], *to_column, gain
+            of_columns = by_column[:, j] if by_column is not None else (None, None)
+            sums = *by_row[:, i], *of_columns, gain
             _launch(
                 triton_kernels.gradient_weights,
                 grid,
@@ -133,9 +135,9 @@ def backward(
                 weights.shape[1],
                 **blocks._asdict(),
             )
-            to_rows.add(weights, tables.columns[j], i)
-            to_columns.add(weights.T, tables.rows[i], j)
-    return to_rows.whole(gain), to_columns.whole(gain)
+            grad_rows.add(weights, tables.columns[j], i)
+            grad_columns.add(weights.T, tables.rows[i], j)
+    return grad_rows.total(gain), grad_columns.total(gain)
 
 
 class _Tables(NamedTuple):
@@ -156,11 +158,12 @@ class _Tables(NamedTuple):
         return cls(*dense, scale=scale.float() * math.log2(math.e))
 
     def slab(self, i: slice, j: slice) -> list[Any]:
+        """Views of the tables that begin at a slab, the scale, and the slab's sizes b, n, d."""
         by_side = [x if x is None else x[(i, j)[at % 2]] for at, x in enumerate(self[:-1])]
         return [*by_side, self.scale, i.stop - i.start, j.stop - j.start, self.rows.shape[1]]
 
 
-class _Running(NamedTuple):
+class _OnlineLogSumExp(NamedTuple):
     """Statistics over the slabs so far: the largest exponent of 2, the sum relative to it, the index of the largest."""
 
     top: Float[Tensor, " b"]
@@ -168,7 +171,7 @@ class _Running(NamedTuple):
     argmax: Int[Tensor, " b"]
 
     @classmethod
-    def of(cls, table: Tensor) -> _Running:
+    def of(cls, table: Tensor) -> _OnlineLogSumExp:
         zeros = torch.zeros(len(table), device=table.device)
         return cls(zeros - torch.inf, zeros, torch.zeros_like(zeros, dtype=torch.int64))
 
@@ -180,7 +183,7 @@ class _Running(NamedTuple):
         running = (x[at] for x in self)
         _launch(triton_kernels.merge, grid, parts, *running, tiles, length, offset, TILES=32, LENGTH=64)
 
-    def sums(self) -> tuple[Tensor, Tensor]:
+    def result(self) -> tuple[Tensor, Tensor]:
         return (self.top + self.total.log2()) * math.log(2), self.argmax
 
 
@@ -193,23 +196,24 @@ class _Gradient(NamedTuple):
     @classmethod
     def of(cls, table: Tensor) -> _Gradient:
         b, d = table.shape
-        blocks = _blocks(table, WHOLE)
+        blocks = _blocks(table, MULTIPLE)
         # No exponentials to hide: one program with all registers, and further ahead with its loads.
         blocks = blocks._replace(COLUMNS=min(blocks.COLUMNS, _power_of_2(d)), num_stages=4, maxnreg=None)
-        programs = max(1, math.ceil(min(b, TALL) / blocks.ROWS) * math.ceil(d / blocks.COLUMNS))
+        programs = max(1, math.ceil(min(b, SLAB_ROWS) / blocks.ROWS) * math.ceil(d / blocks.COLUMNS))
         return cls(torch.zeros(max(1, PROGRAMS // programs), b, d, device=table.device), blocks)
 
     def add(self, weights: Tensor, table: Tensor, at: slice) -> None:
-        """Take weights [whole m, whole k] @ table [k, d] into the rows `at`."""
+        """Add weights [m, k] @ table [k, d] to the rows `at`; the weights hold whole tiles, m and k rounded up."""
         from mvpretrain.similarity import triton_kernels
 
         (k, d), m = table.shape, at.stop - at.start
-        span = _whole(math.ceil(k / len(self.parts)))
+        span = _rounded_up(math.ceil(k / len(self.parts)))
         grid = math.ceil(m / self.blocks.ROWS), math.ceil(d / self.blocks.COLUMNS), math.ceil(k / span)
         out, strides = self.parts[:, at], (*weights.stride(), self.parts.stride(0))
         _launch(triton_kernels.product, grid, weights, table, out, *strides, m, k, d, span, **self.blocks._asdict())
 
-    def whole(self, gain: Tensor) -> Tensor:
+    def total(self, gain: Tensor) -> Tensor:
+        """The sum of the parts, `gain` taken out again."""
         return self.parts.sum(0).div_(gain) if len(self.parts) > 1 else self.parts[0].div_(gain)
 
 
@@ -246,21 +250,23 @@ def _float32_precision() -> str:
 
 
 def _slabs(rows: Tensor, columns: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Pairs of rows and columns, whose weights fit the scratch, that cover all."""
-    room = SCRATCH // rows.element_size()
-    wide = _fitting(len(columns), room // _whole(min(len(rows), TALL)))
-    tall = _fitting(len(rows), room // _whole(wide))
+    """(rows, columns) of the slabs that cover all pairs; the weights of each fit the scratch."""
+    numbers = SCRATCH // rows.element_size()
+    wide = _fitting(len(columns), numbers // _rounded_up(min(len(rows), SLAB_ROWS)))
+    tall = _fitting(len(rows), numbers // _rounded_up(wide))
     for i in range(0, len(rows), tall):
         for j in range(0, len(columns), wide):
             yield slice(i, min(i + tall, len(rows))), slice(j, min(j + wide, len(columns)))
 
 
 def _fitting(length: int, most: int) -> int:
-    return max(WHOLE, min(_whole(length), most // WHOLE * WHOLE))
+    """As much of a length, rounded up, as is at most `most`; one multiple at least."""
+    return max(MULTIPLE, min(_rounded_up(length), most // MULTIPLE * MULTIPLE))
 
 
-def _whole(length: int) -> int:
-    return max(1, math.ceil(length / WHOLE)) * WHOLE
+def _rounded_up(length: int) -> int:
+    """The next multiple of every tile's sides, one at least."""
+    return max(1, math.ceil(length / MULTIPLE)) * MULTIPLE
 
 
 def _power_of_2(d: int) -> int:

@@ -1,4 +1,4 @@
-"""Triton kernels of `fused`: statistics of tiles of similarities, the weights of their gradient, products with weights.
+"""The kernels of `triton.py`: statistics of tiles of similarities, weights of their gradient, products with weights.
 
 Each launch works on one slab of the b x n pairs, small enough that offsets inside it fit 32 bits; the host passes views
 of the tables that begin at the slab. Similarities are in base 2: `scale` comes multiplied by log2(e).
@@ -29,9 +29,9 @@ def similarity(
         left = tl.load(rows + i[:, None] * d + k[None, :], inside_rows[:, None] & inside[None, :], other=0.0)
         right = tl.load(columns + j[:, None] * d + k[None, :], inside_columns[:, None] & inside[None, :], other=0.0)
         tile = tl.dot(left, tl.trans(right), tile, input_precision=PRECISION)
-    here = tl.load(row_valid + i, inside_rows, other=0).to(tl.int1)
-    there = tl.load(column_valid + j, inside_columns, other=0).to(tl.int1)
-    counts = here[:, None] & there[None, :]
+    row_counts = tl.load(row_valid + i, inside_rows, other=0).to(tl.int1)
+    column_counts = tl.load(column_valid + j, inside_columns, other=0).to(tl.int1)
+    counts = row_counts[:, None] & column_counts[None, :]
     if row_ids is not None:
         row_id = tl.load(row_ids + i, inside_rows, other=0)
         column_id = tl.load(column_ids + j, inside_columns, other=0)
@@ -44,10 +44,10 @@ def similarity(
 def summarise(tile, where, AXIS: tl.constexpr):
     """(largest, sum of 2^(x - largest), lowest `where` of the largest) along an axis; (-inf, 0, any) of nothing."""
     top = tl.max(tile, AXIS)
-    spread = tl.expand_dims(top, AXIS)
+    expanded = tl.expand_dims(top, AXIS)
     # Subtracting -inf from -inf would make NaN of nothing.
-    safe = tl.where(spread == -float("inf"), 0.0, spread)
-    return top, tl.sum(tl.exp2(tile - safe), AXIS), tl.min(tl.where(tile == spread, where, float("inf")), AXIS)
+    safe = tl.where(expanded == -float("inf"), 0.0, expanded)
+    return top, tl.sum(tl.exp2(tile - safe), AXIS), tl.min(tl.where(tile == expanded, where, float("inf")), AXIS)
 
 
 @triton.jit(do_not_specialize=["b", "n"])
@@ -66,22 +66,22 @@ def statistics(
         rows, columns, row_valid, column_valid, row_ids, column_ids, scale, b, n, d, i, j,
         ROWS, COLUMNS, DEPTH, PRECISION,
     )  # fmt: skip
-    top, total, best = summarise(tile, j.to(tl.float32)[None, :], 1)
-    place, step = row_parts + at_column * b + i, tl.num_programs(1) * b
-    tl.store(place, top, i < b)
-    tl.store(place + step, total, i < b)
-    tl.store(place + 2 * step, best, i < b)
+    top, total, argmax = summarise(tile, j.to(tl.float32)[None, :], 1)
+    out, step = row_parts + at_column * b + i, tl.num_programs(1) * b
+    tl.store(out, top, i < b)
+    tl.store(out + step, total, i < b)
+    tl.store(out + 2 * step, argmax, i < b)
     if column_parts is not None:
-        top, total, best = summarise(tile, i.to(tl.float32)[:, None], 0)
-        place, step = column_parts + at_row * n + j, tl.num_programs(0) * n
-        tl.store(place, top, j < n)
-        tl.store(place + step, total, j < n)
-        tl.store(place + 2 * step, best, j < n)
+        top, total, argmax = summarise(tile, i.to(tl.float32)[:, None], 0)
+        out, step = column_parts + at_row * n + j, tl.num_programs(0) * n
+        tl.store(out, top, j < n)
+        tl.store(out + step, total, j < n)
+        tl.store(out + 2 * step, argmax, j < n)
 
 
 @triton.jit(do_not_specialize=["tiles", "length", "offset"])
 @no_type_check
-def merge(parts, tops, totals, bests, tiles, length, offset, TILES: tl.constexpr, LENGTH: tl.constexpr):
+def merge(parts, tops, totals, indices, tiles, length, offset, TILES: tl.constexpr, LENGTH: tl.constexpr):
     """Take a slab's parts [3, tiles, length] into the running statistics [length]: the online softmax.
 
     `offset` is added to the slab's indices.
@@ -90,26 +90,26 @@ def merge(parts, tops, totals, bests, tiles, length, offset, TILES: tl.constexpr
     inside = at < length
     top = tl.load(tops + at, inside, other=0.0)
     total = tl.load(totals + at, inside, other=0.0)
-    best = tl.load(bests + at, inside, other=0)
+    argmax = tl.load(indices + at, inside, other=0)
     for start in range(0, tiles, TILES):
         t = start + tl.arange(0, TILES)
-        there = (t < tiles)[:, None] & inside[None, :]
-        place, step = parts + t[:, None] * length + at[None, :], tiles * length
-        part_top = tl.load(place, there, other=-float("inf"))
-        part_total = tl.load(place + step, there, other=0.0)
-        part_best = tl.load(place + 2 * step, there, other=0.0)
+        exists = (t < tiles)[:, None] & inside[None, :]
+        part, step = parts + t[:, None] * length + at[None, :], tiles * length
+        part_top = tl.load(part, exists, other=-float("inf"))
+        part_total = tl.load(part + step, exists, other=0.0)
+        part_argmax = tl.load(part + 2 * step, exists, other=0.0)
         peak = tl.max(part_top, 0)
-        where = tl.min(tl.where(part_top == peak[None, :], part_best, float("inf")), 0)
+        where = tl.min(tl.where(part_top == peak[None, :], part_argmax, float("inf")), 0)
         # Earlier tiles keep a draw; where nothing counted the peak is -inf and the index stays 0.
         better = peak > top
-        best = tl.where(better, tl.where(better, where, 0.0).to(tl.int64) + offset, best)
+        argmax = tl.where(better, tl.where(better, where, 0.0).to(tl.int64) + offset, argmax)
         high = tl.maximum(top, peak)
         safe = tl.where(high == -float("inf"), 0.0, high)
         total = total * tl.exp2(top - safe) + tl.sum(part_total * tl.exp2(part_top - safe[None, :]), 0)
         top = high
     tl.store(tops + at, top, inside)
     tl.store(totals + at, total, inside)
-    tl.store(bests + at, best, inside)
+    tl.store(indices + at, argmax, inside)
 
 
 @triton.jit(do_not_specialize=["b", "n"])
@@ -151,6 +151,6 @@ def product(
         weight = tl.load(left + i[:, None] * stride_m + at[None, :] * stride_k)
         vector = tl.load(right + at[:, None] * d + j[None, :], (at < k)[:, None] & (j < d)[None, :], other=0.0)
         tile = tl.dot(weight, vector, tile, input_precision=PRECISION)
-    place = out + tl.program_id(2).to(tl.int64) * stride_part + i[:, None] * d + j[None, :]
+    target = out + tl.program_id(2).to(tl.int64) * stride_part + i[:, None] * d + j[None, :]
     inside = (i < m)[:, None] & (j < d)[None, :]
-    tl.store(place, tl.load(place, inside, other=0.0) + tile, inside)
+    tl.store(target, tl.load(target, inside, other=0.0) + tile, inside)

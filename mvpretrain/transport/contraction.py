@@ -30,7 +30,7 @@ Tables = dict[tuple[int, int], Tensor]  # n_u n_v, by axes (u, v)
 
 @runtime_checkable
 class Arithmetic(Protocol):
-    """How non-negative numbers are held, multiplied and summed."""
+    """How non-negative numbers are held, multiplied and summed: as they are, or by their logarithms."""
 
     zero: float
 
@@ -39,18 +39,18 @@ class Arithmetic(Protocol):
         ...
 
     def width(self, a: int, b: int) -> int:
-        """Elements that are held for each e."""
+        """How many numbers are held for each tuple e of the other axes, where axes of a and b elements remain."""
         ...
 
-    def lift(self, log: Tensor) -> Tensor:
+    def from_log(self, log: Tensor) -> Tensor:
         """Numbers from their logarithms."""
         ...
 
-    def lower(self, x: Tensor) -> Tensor:
+    def to_plain(self, x: Tensor) -> Tensor:
         """The numbers themselves; those asked for are at most the mass of the whole tensor."""
         ...
 
-    def gather(self, table: Tensor, left: Tensor, right: Tensor) -> None:
+    def accumulate(self, table: Tensor, left: Tensor, right: Tensor) -> None:
         """table += left^T right, in place."""
         ...
 
@@ -58,12 +58,14 @@ class Arithmetic(Protocol):
         """table w."""
         ...
 
-    def joints(self, left: Tensor, right: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
+    def pair_masses(self, left: Tensor, right: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
         """left[e, i] core[i, j] right[e, j] summed over j (`e i`) and over i (`e j`), as plain numbers."""
         ...
 
-    def log_sum(self, x: Tensor, total: Callable[[Tensor], Tensor], maximum: Callable[[Tensor], Tensor]) -> Tensor:
-        """The logarithm of the sum over ranks."""
+    def log_sum_over_ranks(
+        self, x: Tensor, total: Callable[[Tensor], Tensor], maximum: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """The logarithm of the sum over ranks; `total` and `maximum` are those of a tensor over ranks."""
         ...
 
 
@@ -78,22 +80,24 @@ class Linear:
     def width(self, a: int, b: int) -> int:
         return max(a, b)
 
-    def lift(self, log: Tensor) -> Tensor:
+    def from_log(self, log: Tensor) -> Tensor:
         return log.exp()
 
-    def lower(self, x: Tensor) -> Tensor:
+    def to_plain(self, x: Tensor) -> Tensor:
         return x
 
-    def gather(self, table: Tensor, left: Tensor, right: Tensor) -> None:
+    def accumulate(self, table: Tensor, left: Tensor, right: Tensor) -> None:
         table.addmm_(left.T, right)
 
     def apply(self, table: Tensor, w: Tensor) -> Tensor:
         return table @ w
 
-    def joints(self, left: Tensor, right: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
+    def pair_masses(self, left: Tensor, right: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
         return (right @ core.T).mul_(left), (left @ core).mul_(right)
 
-    def log_sum(self, x: Tensor, total: Callable[[Tensor], Tensor], maximum: Callable[[Tensor], Tensor]) -> Tensor:
+    def log_sum_over_ranks(
+        self, x: Tensor, total: Callable[[Tensor], Tensor], maximum: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         return total(x).log()
 
 
@@ -108,25 +112,27 @@ class Logarithmic:
     def width(self, a: int, b: int) -> int:
         return a * b
 
-    def lift(self, log: Tensor) -> Tensor:
+    def from_log(self, log: Tensor) -> Tensor:
         return log
 
-    def lower(self, x: Tensor) -> Tensor:
+    def to_plain(self, x: Tensor) -> Tensor:
         return x.exp()
 
-    def gather(self, table: Tensor, left: Tensor, right: Tensor) -> None:
+    def accumulate(self, table: Tensor, left: Tensor, right: Tensor) -> None:
         if len(left):
             torch.logaddexp(table, (left[:, :, None] + right[:, None, :]).logsumexp(0), out=table)
 
     def apply(self, table: Tensor, w: Tensor) -> Tensor:
         return (table + w).logsumexp(1)
 
-    def joints(self, left: Tensor, right: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
+    def pair_masses(self, left: Tensor, right: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
         # Every term is the mass of one tuple: no exponential of these is large.
         terms = (left[:, :, None] + right[:, None, :]).add_(core).exp_()
         return terms.sum(2), terms.sum(1)
 
-    def log_sum(self, x: Tensor, total: Callable[[Tensor], Tensor], maximum: Callable[[Tensor], Tensor]) -> Tensor:
+    def log_sum_over_ranks(
+        self, x: Tensor, total: Callable[[Tensor], Tensor], maximum: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         top = maximum(x)
         return total((x - top).exp()).log() + top
 
@@ -139,7 +145,7 @@ class Network:
     """
 
     def __init__(self, kernels: Tables, arithmetic: Arithmetic, block: int):
-        self.arithmetic, self.kernels = arithmetic, both_ways(kernels)
+        self.arithmetic, self.kernels = arithmetic, with_transposes(kernels)
         self.axes = range(1 + max(v for _, v in kernels))
         if len(self.axes) > 3:  # their rows are repeated and multiplied many times over: they should lie together
             self.kernels = {pair: kernel.contiguous() for pair, kernel in self.kernels.items()}
@@ -153,7 +159,7 @@ class Network:
             return kernel
         table = torch.full_like(kernel, self.arithmetic.zero)
         for block in self._blocks(a, b):
-            self.arithmetic.gather(table, *self._sides(w, a, b, block))
+            self.arithmetic.accumulate(table, *self._sides(w, a, b, block))
         return self.arithmetic.times(table, kernel)
 
     def pairs(self, w: Sequence[Tensor], a: int, b: int, table: Float[Tensor, "a b"]) -> Tables:
@@ -162,23 +168,23 @@ class Network:
         For any k, two more matrix products of a contraction's size: they give the masses of all (e, i) and (e, j).
         """
         times = self.arithmetic.times
-        found = {(u, v): torch.zeros_like(self.kernels[u, v]) for u, v in combinations(self.axes, 2)}
-        into = both_ways(found)
-        into[a, b].copy_(self.arithmetic.lower(times(times(w[a][:, None], table), w[b])))
+        masses = {(u, v): torch.zeros_like(self.kernels[u, v]) for u, v in combinations(self.axes, 2)}
+        into = with_transposes(masses)
+        into[a, b].copy_(self.arithmetic.to_plain(times(times(w[a][:, None], table), w[b])))
         core = times(times(w[a][:, None], self.kernels[a, b]), w[b])
         for block in self._blocks(a, b):
-            with_a, with_b = self.arithmetic.joints(*self._sides(w, a, b, block), core)
+            with_a, with_b = self.arithmetic.pair_masses(*self._sides(w, a, b, block), core)
             shape = [s.stop - s.start for s in block]
-            alone = with_a.sum(1).reshape(shape)
+            of_e = with_a.sum(1).reshape(shape)
             with_a, with_b = with_a.reshape(*shape, -1), with_b.reshape(*shape, -1)
-            places = list(enumerate(self._others(a, b)))
-            for p, c in places:
-                rest = [q for q, _ in places if q != p]
+            dims = list(enumerate(self._others(a, b)))
+            for p, c in dims:
+                rest = [q for q, _ in dims if q != p]
                 into[c, a][block[p]] += _sum(with_a, rest)
                 into[c, b][block[p]] += _sum(with_b, rest)
-            for (p, c), (q, d) in combinations(places, 2):
-                into[c, d][block[p], block[q]] += _sum(alone, [r for r, _ in places if r not in (p, q)])
-        return found
+            for (p, c), (q, d) in combinations(dims, 2):
+                into[c, d][block[p], block[q]] += _sum(of_e, [r for r, _ in dims if r not in (p, q)])
+        return masses
 
     def _others(self, a: int, b: int) -> list[int]:
         return [c for c in self.axes if c not in (a, b)]
@@ -193,18 +199,20 @@ class Network:
         """M (`e a`) and diag(s) N (`e b`) of a block."""
         others, times = self._others(a, b), self.arithmetic.times
         count = len(others)
-        factors = [_placed(w[c][at], [p], count) for p, (c, at) in enumerate(zip(others, block))]
+        factors = [_broadcast(w[c][at], [p], count) for p, (c, at) in enumerate(zip(others, block))]
         for (p, c), (q, d) in combinations(enumerate(others), 2):
-            factors.append(_placed(self.kernels[c, d][block[p], block[q]], [p, q], count))
+            factors.append(_broadcast(self.kernels[c, d][block[p], block[q]], [p, q], count))
         return self._side(a, others, block), times(self._side(b, others, block), reduce(times, factors).reshape(-1, 1))
 
     def _side(self, x: int, others: list[int], block: Block) -> Tensor:
         count = len(others)
-        rows = [_placed(self.kernels[c, x][at], [p, count], count + 1) for p, (c, at) in enumerate(zip(others, block))]
+        rows = [
+            _broadcast(self.kernels[c, x][at], [p, count], count + 1) for p, (c, at) in enumerate(zip(others, block))
+        ]
         return reduce(self.arithmetic.times, rows).flatten(0, -2)
 
 
-def both_ways(tables: Tables) -> Tables:
+def with_transposes(tables: Tables) -> Tables:
     """The tables and their transposes, as views."""
     return tables | {(v, u): table.T for (u, v), table in tables.items()}
 
@@ -220,9 +228,9 @@ def blocks(sizes: Sequence[int], most: int) -> Iterator[Block]:
         yield from ((slice(i, i + 1), *rest) for i in range(sizes[0]) for rest in blocks(sizes[1:], most))
 
 
-def _placed(x: Tensor, places: Sequence[int], count: int) -> Tensor:
-    """x with its axes at these places of `count`, and axes of one element elsewhere."""
-    return x[tuple(slice(None) if p in places else None for p in range(count))]
+def _broadcast(x: Tensor, dims: Sequence[int], count: int) -> Tensor:
+    """x with its axes as these of `count` dimensions, and one element along the others."""
+    return x[tuple(slice(None) if p in dims else None for p in range(count))]
 
 
 def _sum(x: Tensor, axes: list[int]) -> Tensor:

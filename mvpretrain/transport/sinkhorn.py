@@ -15,7 +15,7 @@ from mvpretrain.transport.contraction import Arithmetic, Linear, Logarithmic, Ne
 # The most that the ranges of the costs may sum to, in units of epsilon, for products of kernels and scalings to stay
 # within e^+-87 (float32) and e^+-708 (float64). Costs are centred; a potential varies no more than the costs of its
 # axis, all of them together by twice the costs: 2.5 times the range at most.
-REACH = {torch.float32: 35.0, torch.float64: 280.0}
+MAX_RANGE = {torch.float32: 35.0, torch.float64: 280.0}
 BLOCK = {"cpu": 2**16, "cuda": 2**24}  # elements: near the cores of a CPU, enough to keep a GPU busy
 
 OverRanks = Callable[[Tensor], Tensor]
@@ -31,8 +31,8 @@ class Solution(NamedTuple):
     error: Tensor  # sum_u |P_u - a_u|_1
 
 
-def alone(x: Tensor) -> Tensor:
-    """What `total` and `maximum` over ranks are to one process."""
+def single_process(x: Tensor) -> Tensor:
+    """The sum and the maximum over ranks where there is one process."""
     return x
 
 
@@ -43,8 +43,8 @@ def solve(
     marginals: Sequence[Float[Tensor, " _"]],
     tolerance: float = 1e-3,
     max_updates: int = 300,
-    total: OverRanks = alone,
-    maximum: OverRanks = alone,
+    total: OverRanks = single_process,
+    maximum: OverRanks = single_process,
     block: int | None = None,
 ) -> Solution:
     """min <P, C> + epsilon sum P log P over P >= 0 with these marginals, C[i_1 ... i_k] = sum_{u<v} C_uv[i_u, i_v].
@@ -65,9 +65,9 @@ def solve(
     are the same on every rank.
     """
     pairs = _checked(costs, marginals)
-    arithmetic, dtype = suited(costs, epsilon, maximum)
+    arithmetic, dtype = choose_arithmetic(costs, epsilon, maximum)
     centres = [(c.amin() + c.amax()) / 2 if c.numel() else c.new_zeros(()) for c in costs]
-    kernels = {p: arithmetic.lift(((m - c) / epsilon).to(dtype)) for p, m, c in zip(pairs, centres, costs)}
+    kernels = {p: arithmetic.from_log(((m - c) / epsilon).to(dtype)) for p, m, c in zip(pairs, centres, costs)}
     network = Network(kernels, arithmetic, block or BLOCK.get(costs[0].device.type, BLOCK["cpu"]))
     given = [a.to(dtype) for a in marginals]
     logs, plan, updates = _iterate(network, given, tolerance, max_updates, total, maximum)
@@ -80,13 +80,15 @@ def solve(
     return Solution(potentials, found, value, updates / len(marginals), _error(found, marginals, total))
 
 
-def suited(costs: Sequence[Tensor], epsilon: float, maximum: OverRanks = alone) -> tuple[Arithmetic, torch.dtype]:
-    """How to hold exp(-C / epsilon), and in which type: the cheapest that can; the same on every rank."""
+def choose_arithmetic(
+    costs: Sequence[Tensor], epsilon: float, maximum: OverRanks = single_process
+) -> tuple[Arithmetic, torch.dtype]:
+    """(how to hold exp(-C / epsilon), in which type): the cheapest that can; the same on every rank."""
     dtype = costs[0].dtype
     ranges = [c.amax() - c.amin() for c in costs if c.numel()]
-    reach = float(maximum(torch.stack(ranges).sum() if ranges else costs[0].new_zeros(()))) / epsilon
+    cost_range = float(maximum(torch.stack(ranges).sum() if ranges else costs[0].new_zeros(()))) / epsilon
     for candidate in (dtype, torch.float64):
-        if reach <= REACH[candidate]:
+        if cost_range <= MAX_RANGE[candidate]:
             return Linear(), candidate
     return Logarithmic(), torch.float64
 
@@ -114,7 +116,7 @@ def _iterate(
     """Sinkhorn's updates: (potentials / epsilon, pairs of the plan, number of updates)."""
     k, arithmetic = len(marginals), network.arithmetic
     wanted = [a.log() for a in marginals]
-    logs, w = list(wanted), [arithmetic.lift(a) for a in wanted]
+    logs, w = list(wanted), [arithmetic.from_log(a) for a in wanted]
     a = b = update = 0
     table = own = shared = marginals[0].new_zeros(())
     while update < max_updates:
@@ -124,11 +126,12 @@ def _iterate(
             table = network.contract(w, a, b)
         sums = arithmetic.apply(table, w[b]) if axis == a else arithmetic.apply(table.T, w[a])
         # Axis 0 is this rank's own: its rows meet every row of the other axes here.
-        log = arithmetic.log_sum(sums, total, maximum) if axis else arithmetic.log_sum(sums, alone, alone)
+        over_ranks = (total, maximum) if axis else (single_process, single_process)
+        log = arithmetic.log_sum_over_ranks(sums, *over_ranks)
         missed = ((logs[axis] + log).exp() - marginals[axis]).abs().sum()
         own, shared = (own, shared + missed) if axis else (missed, torch.zeros_like(missed))
         logs[axis] = wanted[axis] - log
-        w[axis] = arithmetic.lift(logs[axis])
+        w[axis] = arithmetic.from_log(logs[axis])
         update += 1
         if axis == k - 1 and float(total(own) + shared) <= tolerance:
             break

@@ -37,7 +37,7 @@ def sum_on(rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return total.detach(), x.grad
 
 
-def swaps_on(rank: int) -> tuple[Tensor, list[float], int]:
+def send_recv_on(rank: int) -> tuple[Tensor, list[float], int]:
     """The maximum, what came from each rank by shifts with two messages under way, and one table without z."""
     collectives = ProcessGroup()
     top = collectives.maximum(draw(rank, 3))
@@ -84,9 +84,9 @@ def test_sum_sums_and_so_does_its_backward(ranks, size, dtype):
         torch.testing.assert_close(gradient, part.grad)
 
 
-def test_maximum_and_swaps(ranks):
+def test_maximum_and_send_recv(ranks):
     wanted = torch.stack([draw(r, 3) for r in range(4)]).amax(0)
-    for rank, (top, came, table) in enumerate(ranks(4).run(swaps_on)):
+    for rank, (top, came, table) in enumerate(ranks(4).run(send_recv_on)):
         assert torch.equal(top, wanted)
         assert came[1:] == [10.0 * ((rank - shift) % 4) + rank for shift in (1, 2, 3)]
         assert table == 90  # 9 of 12 rows have the view, and no z came
@@ -104,7 +104,7 @@ def table(dtype: torch.dtype) -> Embeddings:
     return Embeddings(z, IDS, present, torch.arange(12) * 2**55 - 4)
 
 
-def share_on(rank: int, size: int, dtype: torch.dtype) -> tuple[Embeddings, Embeddings, dict[str, Tensor]]:
+def gather_embeddings_on(rank: int, size: int, dtype: torch.dtype) -> tuple[Embeddings, Embeddings, dict[str, Tensor]]:
     mine = part_of(table(dtype), rank, size)
     mine = leaves(mine)
     local, gathered = gather_embeddings(mine, ProcessGroup())
@@ -115,8 +115,8 @@ def share_on(rank: int, size: int, dtype: torch.dtype) -> tuple[Embeddings, Embe
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_share_brings_every_rank_the_same_whole_table(ranks, size, dtype):
-    found = ranks(size).run(share_on, size, dtype)
+def test_gather_embeddings_brings_every_rank_the_same_whole_table(ranks, size, dtype):
+    found = ranks(size).run(gather_embeddings_on, size, dtype)
     longest = max(SPLITS[size])
     wanted = [part_of(table(dtype), rank, size).pad(longest) for rank in range(size)]
     for rank, (local, gathered, _) in enumerate(found):
@@ -130,8 +130,8 @@ def test_share_brings_every_rank_the_same_whole_table(ranks, size, dtype):
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_gradient_through_share_is_summed_over_ranks(ranks, size):
-    found = ranks(size).run(share_on, size, torch.float64)
+def test_gradient_through_gather_embeddings_is_summed_over_ranks(ranks, size):
+    found = ranks(size).run(gather_embeddings_on, size, torch.float64)
     longest = max(SPLITS[size])
     for v, whole in table(torch.float64).z.items():
         parts = [z.clone().requires_grad_() for z in whole.split(SPLITS[size])]
@@ -149,9 +149,9 @@ def assert_equal(found: Embeddings, wanted: Embeddings) -> None:
         assert found.present[v].dtype == torch.bool and torch.equal(found.present[v], wanted.present[v])
 
 
-def test_alone_is_the_whole_world():
-    whole, alone = table(torch.float32), SingleProcess()
-    assert isinstance(alone, Collectives) and (alone.rank, alone.size) == (0, 1)
-    local, gathered = gather_embeddings(whole, alone)
+def test_single_process_sends_nothing():
+    whole, single = table(torch.float32), SingleProcess()
+    assert isinstance(single, Collectives) and (single.rank, single.size) == (0, 1)
+    local, gathered = gather_embeddings(whole, single)
     assert local is whole and gathered is whole
-    assert alone.gather(whole.ids) is whole.ids and alone.sum(whole.ids) is whole.ids and alone.largest(3) == 3
+    assert single.gather(whole.ids) is whole.ids and single.sum(whole.ids) is whole.ids and single.largest(3) == 3

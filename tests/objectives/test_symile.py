@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
+from mvpretrain.distributed.id_table import splitmix64
 from mvpretrain.objectives import _tuples
-from mvpretrain.objectives.symile import Symile, scrambled
+from mvpretrain.objectives.symile import Symile
 from mvpretrain.similarity import blockwise
 from mvpretrain.types import Embeddings
 from tests.objectives.checks import (
@@ -38,7 +39,7 @@ def symile(k: int, negatives: str, **scale: Any) -> Symile:
 
 def drawn(objective: Symile, whole: Embeddings, u: int) -> list[tuple[int, ...]]:
     """The tuples of one anchor view, as rows of the complete ones."""
-    orders = objective.orders(_tuples.whole(whole, objective.views), u)
+    orders = objective.orders(_tuples.complete(whole, objective.views), u)
     return list(zip(*(order.tolist() for order in orders)))
 
 
@@ -116,7 +117,7 @@ def test_draws_depend_on_ids_and_not_on_places():
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(5))
     shuffled = whole.rows(order)
     for u in range(3):
-        there, here = (_tuples.whole(t, names(3)) for t in (whole, shuffled))
+        there, here = (_tuples.complete(t, names(3)) for t in (whole, shuffled))
         for a, b in zip(objective.orders(there, u), objective.orders(here, u)):
             torch.testing.assert_close(there.z[0][a], here.z[0][b], rtol=0, atol=0)
 
@@ -137,7 +138,7 @@ def test_hash_is_splitmix64s():
         return x ^ (x >> 31)
 
     given = torch.tensor([0, 1, -1, 2**62, -(2**63), 2**63 - 1, 123456789])
-    assert [x % 2**64 for x in scrambled(given).tolist()] == [plain(x % 2**64) for x in given.tolist()]
+    assert [x % 2**64 for x in splitmix64(given).tolist()] == [plain(x % 2**64) for x in given.tolist()]
 
 
 @negatives_of

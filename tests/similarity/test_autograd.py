@@ -37,7 +37,7 @@ def ids_of(b: int, n: int) -> tuple[Tensor, Tensor]:
 
 def slow(rows, columns, scale, valid, exclude_same_id=None) -> tuple[list[float], list[int]]:
     """The definition, a number at a time."""
-    sums, bests = [], []
+    sums, indices = [], []
     for i in range(len(rows)):
         terms = {
             j: float(scale) * sum(float(a) * float(b) for a, b in zip(rows[i], columns[j]))
@@ -47,20 +47,20 @@ def slow(rows, columns, scale, valid, exclude_same_id=None) -> tuple[list[float]
         top = max(terms.values(), default=0.0)
         total = math.fsum(math.exp(t - top) for t in terms.values())
         sums.append(top + math.log(total) if terms else -math.inf)
-        bests.append(max(terms, key=lambda j: terms[j]) if terms else 0)
-    return sums, bests
+        indices.append(max(terms, key=lambda j: terms[j]) if terms else 0)
+    return sums, indices
 
 
 @pytest.mark.parametrize("with_ids", [False, True])
 @pytest.mark.parametrize("n", [1, 4, 5, 6, 10, 11, 16])
 @pytest.mark.parametrize("b", [1, 3, 4, 5, 8, 9])
-def test_value_and_best_are_those_of_the_loop(small_tiles, b, n, with_ids):
+def test_value_and_argmax_are_those_of_the_loop(small_tiles, b, n, with_ids):
     rows, columns, scale, valid = case(b, n)
     exclude_same_id = ids_of(b, n) if with_ids else None
-    found, best = autograd.logsumexp(rows, columns, scale, valid, exclude_same_id)
-    sums, bests = slow(rows, columns, scale, valid, exclude_same_id)
+    found, argmax = autograd.logsumexp(rows, columns, scale, valid, exclude_same_id)
+    sums, indices = slow(rows, columns, scale, valid, exclude_same_id)
     torch.testing.assert_close(found, torch.tensor(sums, dtype=torch.float64), rtol=1e-12, atol=1e-12)
-    assert best.tolist() == bests
+    assert argmax.tolist() == indices
 
 
 @pytest.mark.parametrize("with_ids", [False, True])
@@ -96,9 +96,9 @@ def test_rows_without_columns_are_minus_infinity_and_have_no_gradient(small_tile
     valid[:] = True
     own = torch.tensor([1, 2, 1, 2, 1, 2])
     inputs = rows.requires_grad_(), columns.requires_grad_(), scale.requires_grad_()
-    found, best = autograd.logsumexp(*inputs, valid, (own, torch.ones(11, dtype=torch.int64)))
+    found, argmax = autograd.logsumexp(*inputs, valid, (own, torch.ones(11, dtype=torch.int64)))
     assert (found == -torch.inf).tolist() == (own == 1).tolist()
-    assert best[own == 1].tolist() == [0, 0, 0]
+    assert argmax[own == 1].tolist() == [0, 0, 0]
     # Gradients that reach such rows are dropped, even those that an outer logaddexp turns into NaN.
     gradients = torch.autograd.grad(torch.logaddexp(found, found).nan_to_num(neginf=0).sum(), inputs)
     assert all(g.isfinite().all() for g in gradients)
@@ -129,10 +129,10 @@ def test_identical_rows_at_scale_100_stay_finite(small_tiles):
 def test_rows_that_came_from_bfloat16(small_tiles):
     rows, columns, scale, valid = case(9, 11, d=16, dtype=torch.float32)
     rows, columns, scale = rows.bfloat16().float(), columns.bfloat16().float(), scale * 14
-    found, best = autograd.logsumexp(rows, columns, scale, valid)
-    sums, bests = slow(rows, columns, scale, valid)
+    found, argmax = autograd.logsumexp(rows, columns, scale, valid)
+    sums, indices = slow(rows, columns, scale, valid)
     torch.testing.assert_close(found, torch.tensor(sums), rtol=1e-5, atol=1e-4)
-    assert best.tolist() == bests
+    assert argmax.tolist() == indices
 
 
 class Largest(TorchDispatchMode):
@@ -203,10 +203,10 @@ def test_logsumexp_of_any_score(small_tiles, b, n, with_ids):
 
     gone = ~valid[None] if exclude_same_id is None else ~valid | (exclude_same_id[0][:, None] == exclude_same_id[1])
     whole = distance((rows, weight), (columns, bonus), (scale,)).masked_fill(gone, -torch.inf)
-    lse, best = found(*inputs)
+    lse, argmax = found(*inputs)
     some = lse > -torch.inf
     torch.testing.assert_close(lse, whole.logsumexp(1), rtol=1e-12, atol=1e-12)
-    assert torch.equal(best[some], whole.argmax(1)[some])
+    assert torch.equal(argmax[some], whole.argmax(1)[some])
     factor = torch.randn(b, generator=make, dtype=torch.float64)
     if some.any():
         wanted = torch.autograd.grad((whole[some].logsumexp(1) * factor[some]).sum(), inputs)

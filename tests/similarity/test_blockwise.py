@@ -114,8 +114,8 @@ def counting_products(monkeypatch) -> list[tuple[int, ...]]:
     return counted
 
 
-def check_both_ways(rows: Tensor, columns: Tensor, scale: Tensor, mask: PairMask) -> None:
-    """Sums and gradient against the dense table, tiles computed again or spared."""
+def check_both_directions(rows: Tensor, columns: Tensor, scale: Tensor, mask: PairMask) -> None:
+    """Sums and gradient against the dense table, tiles computed again or cached."""
     cache = blockwise.TileCache()
     by_row, by_column = blockwise.forward(rows, columns, scale, mask, True, (cache, "name"))
     assert by_column is not None and cache.tiles
@@ -136,14 +136,14 @@ def check_both_ways(rows: Tensor, columns: Tensor, scale: Tensor, mask: PairMask
 
 @pytest.mark.parametrize("with_ids", [False, True])
 def test_tiles_in_which_nothing_counts_are_not_computed(monkeypatch, with_ids):
-    """Some of the rows in both ways here, and some of the columns in one."""
+    """Some of the rows in both directions here, and some of the columns in one."""
     rows, columns, scale, mask = drawn(16, 23, with_ids)
     mask = mask._replace(rows=torch.arange(16) // 4 != 1, columns=torch.arange(23) // 5 % 4 != 1)
     tiles = [(i.start, j.start) for i, j, _ in blockwise.scaled_tiles(rows, columns, scale, mask)]
     assert tiles == [(i, j) for i in (0, 8, 12) for j in (0, 10, 15, 20)]
     counted = counting_products(monkeypatch)
-    check_both_ways(rows, columns, scale, mask)
-    assert counted == 2 * [(4, 5), (4, 5), (4, 5), (4, 3)] * 3  # the one backward of two that is not spared
+    check_both_directions(rows, columns, scale, mask)
+    assert counted == 2 * [(4, 5), (4, 5), (4, 5), (4, 3)] * 3  # the one backward of two that finds no tiles cached
 
 
 @pytest.mark.parametrize("with_ids", [False, True])
@@ -154,7 +154,7 @@ def test_where_few_count_they_are_worked_on_alone(monkeypatch, few, whole, with_
     count, begin = few
     mask = mask._replace(rows=(torch.arange(16) * 5 + begin) % 16 < count, columns=torch.arange(23) * 7 % 23 < whole)
     counted = counting_products(monkeypatch)
-    check_both_ways(rows, columns, scale, mask)
+    check_both_directions(rows, columns, scale, mask)
     assert sum(b * n for b, n in counted) == 2 * count * whole
 
 

@@ -11,7 +11,7 @@ from mvpretrain.similarity.top_k import top_k
 from tests.tables import draw
 
 
-def some(b: int, n: int) -> tuple[torch.Tensor, torch.Tensor, PairMask]:
+def problem(b: int, n: int) -> tuple[torch.Tensor, torch.Tensor, PairMask]:
     make = torch.Generator().manual_seed(0)
     row_ids, column_ids = (torch.randint(4, (m,), generator=make) for m in (b, n))
     rows, columns = (torch.rand(m, generator=make) > 0.3 for m in (b, n))
@@ -23,7 +23,7 @@ def some(b: int, n: int) -> tuple[torch.Tensor, torch.Tensor, PairMask]:
 def test_is_that_of_a_dense_search(monkeypatch, tile, k):
     monkeypatch.setattr(module, "ROWS", tile[0])
     monkeypatch.setattr(module, "COLUMNS", tile[1])
-    rows, columns, mask = some(11, 17)
+    rows, columns, mask = problem(11, 17)
     found = top_k(rows, columns, k, mask)
     dense = torch.einsum("ihd,jhd->ihj", rows, columns)
     assert mask.row_ids is not None and mask.column_ids is not None
@@ -38,7 +38,7 @@ def test_is_that_of_a_dense_search(monkeypatch, tile, k):
 
 
 def test_without_ids_all_valid_columns_count_and_none_is_taken_twice():
-    rows, columns, mask = some(4, 6)
+    rows, columns, mask = problem(4, 6)
     found = top_k(rows, columns, 6, PairMask(torch.ones_like(mask.rows), torch.ones_like(mask.columns)))
     assert (found.column.sort(dim=2).values == torch.arange(6)).all()
     assert not top_k(rows.requires_grad_(), columns, 2, mask).similarity.requires_grad

@@ -69,13 +69,13 @@ def check_sums(problem: Problem, both: bool = True) -> tuple[Tensor, Tensor | No
         found[0] = column_lse, column_best
     else:
         assert column_lse is None and column_best is None
-    for dim, (lse, best) in found.items():
+    for dim, (lse, argmax) in found.items():
         empty = (whole == -1e6).all(dim)
-        assert torch.equal(lse == -torch.inf, empty) and not best[empty].any()
-        assert lse.dtype == FP32 and best.dtype == torch.int64
+        assert torch.equal(lse == -torch.inf, empty) and not argmax[empty].any()
+        assert lse.dtype == FP32 and argmax.dtype == torch.int64
         wanted, top = whole.logsumexp(dim), whole.amax(dim)
         torch.testing.assert_close(lse[~empty].double(), wanted[~empty], rtol=2e-7, atol=4e-6)
-        reached = whole.gather(dim, best.unsqueeze(dim)).squeeze(dim)
+        reached = whole.gather(dim, argmax.unsqueeze(dim)).squeeze(dim)
         assert (top - reached)[~empty].le(1e-6 * float(problem.scale)).all()
     return row_lse, column_lse
 
@@ -138,15 +138,15 @@ def test_rows_alone(interpreted: Run, dtype: torch.dtype) -> None:
 
 
 def in_slabs(rank: int, dtype: torch.dtype) -> None:
-    before = triton.SCRATCH, triton.TALL, triton.PROGRAMS
+    before = triton.SCRATCH, triton.SLAB_ROWS, triton.PROGRAMS
     try:
-        triton.SCRATCH, triton.TALL, triton.PROGRAMS = 128 * 128 * dtype.itemsize, 128, 6
+        triton.SCRATCH, triton.SLAB_ROWS, triton.PROGRAMS = 128 * 128 * dtype.itemsize, 128, 6
         problem = drawn(140, 260, 20, dtype)
         assert len(list(triton._slabs(problem.rows, problem.columns))) == 6
         assert len(triton._Gradient.of(problem.rows).parts) > 1
         check_gradient(problem, *check_sums(problem))
     finally:
-        triton.SCRATCH, triton.TALL, triton.PROGRAMS = before
+        triton.SCRATCH, triton.SLAB_ROWS, triton.PROGRAMS = before
 
 
 @without_triton

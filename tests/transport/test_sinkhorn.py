@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, normalize
 from mvpretrain.distributed.collectives import ProcessGroup
 from mvpretrain.transport import sinkhorn
 from mvpretrain.transport.contraction import Linear, Logarithmic
-from mvpretrain.transport.sinkhorn import solve, suited
+from mvpretrain.transport.sinkhorn import choose_arithmetic, solve
 from tests.tables import draw
 
 SIZES = [(7, 5), (6, 6, 6), (3, 7, 5), (4, 5, 6, 3), (3, 4, 2, 5, 3), (2, 3, 2, 3, 2, 3)]
@@ -87,7 +87,7 @@ def assert_pairs(found: list[Tensor], plan: Tensor, tolerance: float) -> None:
 
 
 def chosen(given: Problem, epsilon: float) -> tuple[type, torch.dtype]:
-    arithmetic, dtype = suited(given.costs, epsilon)
+    arithmetic, dtype = choose_arithmetic(given.costs, epsilon)
     return type(arithmetic), dtype
 
 
@@ -145,7 +145,7 @@ def test_float32_holds_to_the_edge_of_its_range(k):
         [(side[u][:, None] - side[v]).abs() / len(pairs) for u, v in pairs],
         [draw(50 + u, 6).softmax(0) for u in range(k)],
     )
-    epsilon = 1 / sinkhorn.REACH[torch.float32] * (1 + 1e-6)
+    epsilon = 1 / sinkhorn.MAX_RANGE[torch.float32] * (1 + 1e-6)
     assert chosen(given.float(), epsilon) == LINEAR
     found = solve(*argued(given.float(), epsilon), tolerance=1e-6, max_updates=10**4)
     plan, value = dense(given, epsilon)

@@ -16,6 +16,7 @@ from mvpretrain.evaluation._probes import accuracy, knn_guesses, linear_guesses
 from mvpretrain.evaluation.retrieval import retrieval
 from mvpretrain.model.task import Task
 from mvpretrain.recipe import Recipe
+from mvpretrain.types import SampleTemperatures
 from tools.compare.experiment import DataSet
 from tools.compare.experiment_measure import CPU, embedded, features, logged, sizes, stream
 
@@ -187,9 +188,9 @@ def scores(
 def temperatures(objective: Any, ids: Tensor, classes: Tensor) -> dict[str, dict[str, float]]:
     """Class -> mean and standard deviation of the temperatures that its training samples have learned, and how many.
 
-    {} where the objective has no `temperatures()`, which gives (ids, temperatures) of the samples that were seen.
+    {} where the objective keeps no temperatures by sample id (`SampleTemperatures`).
     """
-    if not hasattr(objective, "temperatures"):
+    if not isinstance(objective, SampleTemperatures):
         return {}
     seen, values = (x.detach().cpu() for x in objective.temperatures())
     order = ids.argsort()
