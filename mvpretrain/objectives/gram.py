@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,10 @@ class GramConfig(ObjectiveConfig):
     anchor: str | None = None
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     temperature: Temperature = Temperature()
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [{}, {"anchor": "all", "label_smoothing": 0.1}]
 
     def check(self, views: Sequence[str]) -> None:
         anchor_views(self.anchor, views)

@@ -11,9 +11,9 @@ from torch.func import functional_call
 
 from mvpretrain import objectives
 from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.testing.tables import ROWS, draw, leaves, names, table
 from mvpretrain.types import Embeddings, Losses
 from tests.objectives.towers import outcome, outcome_on, relative_errors
-from tests.tables import ROWS, draw, leaves, names, table
 
 
 def build(config: dict[str, Any], k: int, collectives: Collectives | None = None, dim: int = 8) -> nn.Module:

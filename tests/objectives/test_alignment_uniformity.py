@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from mvpretrain.testing.tables import leaves, table
 from mvpretrain.types import Embeddings
 from tests.objectives.checks import (
     assert_finite,
@@ -19,7 +20,6 @@ from tests.objectives.checks import (
     floats,
     orthonormal,
 )
-from tests.tables import leaves, table
 
 VARIANTS = [{"alpha": 1.0, "t": 3.0, "alignment": 0.5, "uniformity": 2.0}]
 CASES = [{"alpha": 2.0, "t": 2.0, "alignment": 1.0, "uniformity": 1.0}, *VARIANTS]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import mvpretrain
 from mvpretrain import objectives, recipe
 from mvpretrain.export.write import export_run
+from mvpretrain.testing.tables import ROWS, leaves, table
 from mvpretrain.types import Embeddings
 from tests.objectives.checks import (
     assert_finite,
@@ -24,7 +25,6 @@ from tests.objectives.checks import (
     orthonormal,
 )
 from tests.objectives.test_barlow import correlation
-from tests.tables import ROWS, leaves, table
 from tests.test_recipe import BASE
 
 VARIANTS = [

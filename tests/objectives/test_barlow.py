@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import batch_norm
 
+from mvpretrain.testing.tables import ROWS, leaves, table
 from mvpretrain.types import Embeddings
 from tests.objectives.checks import (
     assert_finite,
@@ -20,7 +21,6 @@ from tests.objectives.checks import (
     floats,
     orthonormal,
 )
-from tests.tables import ROWS, leaves, table
 
 VARIANTS = [{"off_diagonal": 0.1}]
 

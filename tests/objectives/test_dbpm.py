@@ -13,10 +13,10 @@ from torch import Tensor
 from mvpretrain.distributed import sample_state
 from mvpretrain.distributed.collectives import ProcessGroup
 from mvpretrain.distributed.gather import gather_embeddings
+from mvpretrain.testing.tables import part_of, table
 from mvpretrain.types import Embeddings
 from tests.objectives.averaged import assert_gradients, batches
 from tests.objectives.checks import assert_ranks_are_one_process, build
-from tests.tables import part_of, table
 
 TAU = torch.tensor(0.2).log().double().exp().item()  # as a parameter holds it
 INFONCE = {"kind": "infonce", "temperature": {"init": 0.2, "learnable": False}}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mvpretrain.testing.tables import ROWS, leaves, table
 from mvpretrain.types import Embeddings
 from tests.objectives.checks import (
     assert_finite,
@@ -19,7 +20,6 @@ from tests.objectives.checks import (
     floats,
     orthonormal,
 )
-from tests.tables import ROWS, leaves, table
 
 VARIANTS = [{"weighted": 0.5, "temperature": 0.2}]
 CONFIGS: list[dict[str, Any]] = [{"kind": "dcl"}, *({"kind": "dcl", **more} for more in VARIANTS)]

@@ -15,9 +15,9 @@ from torch.nn.functional import cross_entropy, normalize
 from mvpretrain.objectives import _tuples
 from mvpretrain.objectives.gram import adjugate_and_determinant
 from mvpretrain.similarity import blockwise
+from mvpretrain.testing.tables import ROWS, draw, leaves, names, table
 from mvpretrain.types import Embeddings
 from tests.objectives.checks import assert_finite, assert_ranks_are_one_process, build, floats, orthonormal
-from tests.tables import ROWS, draw, leaves, names, table
 
 VARIANTS = [{"anchor": "all", "label_smoothing": 0.1}]
 CASES: dict[str, dict[str, Any]] = {

@@ -13,9 +13,9 @@ from torch.nn.functional import cross_entropy
 
 from mvpretrain import objectives
 from mvpretrain.objectives.infonce import InfoNCE
+from mvpretrain.testing.tables import ROWS, leaves, names, table
 from mvpretrain.types import Embeddings, Losses
 from tests.objectives.towers import outcome, outcome_on, relative_errors
-from tests.tables import ROWS, leaves, names, table
 
 VARIANTS = [
     {"in_view": True},

@@ -18,10 +18,10 @@ from mvpretrain import objectives
 from mvpretrain.distributed.collectives import ProcessGroup
 from mvpretrain.distributed.gather import gather_embeddings
 from mvpretrain.objectives.m3g import M3G
+from mvpretrain.testing.tables import ROWS, draw, leaves, names, part_of, table
 from mvpretrain.types import Embeddings
 from tests.objectives.checks import assert_gradient_is_that_of_finite_differences, assert_ranks_are_one_process
 from tests.objectives.towers import mean
-from tests.tables import ROWS, draw, leaves, names, part_of, table
 
 VARIANTS = [{"temperature": 0.1}, {"epsilon": 0.05, "tolerance": 1e-5}]
 EXACT = {"tolerance": 1e-13, "max_sweeps": 20_000}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mvpretrain.testing.tables import table
 from mvpretrain.types import Embeddings
 from tests.objectives.checks import (
     assert_finite,
@@ -18,7 +19,6 @@ from tests.objectives.checks import (
     build,
     orthonormal,
 )
-from tests.tables import table
 
 VARIANTS: list[dict[str, Any]] = [{"labels": True, "margin": None}, {"pairs": "view0", "margin": 0.5, "beta": 10.0}]
 LABELS = torch.tensor([0, 1, 2, -1, 1, 0, 2, -1, 0, 1, 2, -1])

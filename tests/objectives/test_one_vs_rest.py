@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mvpretrain.testing.tables import leaves, names, table
 from mvpretrain.types import Embeddings
 from tests.objectives.checks import (
     assert_finite,
@@ -18,7 +19,6 @@ from tests.objectives.checks import (
     floats,
     orthonormal,
 )
-from tests.tables import leaves, names, table
 
 VARIANTS = [{"normalize": False}, {"temperature": {"init": 0.2, "per_pair": True}}]
 CONFIGS: list[dict[str, Any]] = [{"kind": "one_vs_rest"}, *({"kind": "one_vs_rest", **more} for more in VARIANTS)]

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from mvpretrain.objectives.pmrl import spectrum
+from mvpretrain.testing.tables import ROWS, draw, leaves, names, table
 from mvpretrain.types import Embeddings
 from tests.objectives.checks import (
     assert_finite,
@@ -21,7 +22,6 @@ from tests.objectives.checks import (
     floats,
     orthonormal,
 )
-from tests.tables import ROWS, draw, leaves, names, table
 
 VARIANTS = [{"spectral_temperature": 0.5, "instance_temperature": 0.2, "instance_weight": 2.0}]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from mvpretrain.testing.tables import ROWS, leaves, table
 from mvpretrain.types import Embeddings
 from tests.objectives.checks import (
     assert_finite,
@@ -18,7 +19,6 @@ from tests.objectives.checks import (
     floats,
     orthonormal,
 )
-from tests.tables import ROWS, leaves, table
 
 FORMS = ["geometric", "arithmetic", "sufficient"]
 VARIANTS = [{"form": form, "temperature": {"init": 0.2}} for form in FORMS[1:]]

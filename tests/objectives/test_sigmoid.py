@@ -8,6 +8,7 @@ from itertools import combinations
 import pytest
 import torch
 
+from mvpretrain.testing.tables import leaves, table
 from mvpretrain.types import Embeddings
 from tests.objectives.checks import (
     assert_finite,
@@ -17,7 +18,6 @@ from tests.objectives.checks import (
     floats,
     orthonormal,
 )
-from tests.tables import leaves, table
 
 VARIANTS = [{"per_pair": True, "scale": 4.0, "bias": -2.0}]
 CONFIGS = [{"kind": "sigmoid"}, *({"kind": "sigmoid", **more} for more in VARIANTS)]

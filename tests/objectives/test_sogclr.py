@@ -10,6 +10,7 @@ import torch
 from mvpretrain.distributed import sample_state
 from mvpretrain.distributed.collectives import ProcessGroup
 from mvpretrain.distributed.gather import gather_embeddings
+from mvpretrain.testing.tables import draw, part_of, table
 from tests.objectives.averaged import Slow, assert_gradients, batches
 from tests.objectives.checks import (
     assert_gradient_is_that_of_finite_differences,
@@ -17,7 +18,6 @@ from tests.objectives.checks import (
     build,
     orthonormal,
 )
-from tests.tables import draw, part_of, table
 
 VARIANTS: list[dict[str, Any]] = [
     {"in_view": True},

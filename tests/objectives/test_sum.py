@@ -12,6 +12,7 @@ from torch import nn
 
 from mvpretrain import objectives, recipe
 from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.testing.tables import leaves, table
 from mvpretrain.types import Embeddings, Losses
 from tests.objectives.checks import (
     assert_finite,
@@ -22,7 +23,6 @@ from tests.objectives.checks import (
     orthonormal,
 )
 from tests.objectives.towers import outcome, outcome_on, relative_errors
-from tests.tables import leaves, table
 from tests.test_recipe import BASE
 
 TWO = [

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, normalize
 from mvpretrain.distributed.collectives import Collectives, ProcessGroup, SingleProcess
 from mvpretrain.distributed.gather import gather_embeddings
 from mvpretrain.similarity.groups import classes
+from mvpretrain.testing.tables import ROWS, draw, ids_and_presence, leaves, names, part_of, table
 from mvpretrain.types import Embeddings
 from tests.objectives.checks import (
     assert_finite,
@@ -23,7 +24,6 @@ from tests.objectives.checks import (
     orthonormal,
 )
 from tests.objectives.towers import mean
-from tests.tables import ROWS, draw, ids_and_presence, leaves, names, part_of, table
 
 CONFIG: dict[str, Any] = {"kind": "supcon", "temperature": {"init": 0.2}}
 VARIANTS = [{"temperature": {"init": 0.1, "learnable": False}}]

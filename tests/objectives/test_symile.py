@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, normalize
 from mvpretrain.objectives import _tuples
 from mvpretrain.objectives.symile import Symile, scrambled
 from mvpretrain.similarity import blockwise
+from mvpretrain.testing.tables import ROWS, draw, leaves, names, table
 from mvpretrain.types import Embeddings
 from tests.objectives.checks import (
     assert_finite,
@@ -23,7 +24,6 @@ from tests.objectives.checks import (
     floats,
     orthonormal,
 )
-from tests.tables import ROWS, draw, leaves, names, table
 
 VARIANTS = [{"negatives": "quadratic", "scale": {"init": 2.0, "per_dim": False}}]
 NEGATIVES = ["linear", "quadratic"]

@@ -13,6 +13,7 @@ from torch import nn
 from mvpretrain import objectives
 from mvpretrain.objectives import _tuples
 from mvpretrain.similarity import blockwise
+from mvpretrain.testing.tables import leaves, names, table
 from mvpretrain.types import Embeddings
 from tests.objectives.checks import (
     assert_finite,
@@ -22,7 +23,6 @@ from tests.objectives.checks import (
     floats,
     orthonormal,
 )
-from tests.tables import leaves, names, table
 
 VIEWS = (3,)
 VARIANTS = [{"anchor": "all", "alpha": 0.5, "label_smoothing": 0.1}]

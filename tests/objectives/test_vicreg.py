@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss, relu
 
+from mvpretrain.testing.tables import leaves, table
 from mvpretrain.types import Embeddings
 from tests.objectives.checks import (
     assert_finite,
@@ -20,7 +21,6 @@ from tests.objectives.checks import (
     floats,
     orthonormal,
 )
-from tests.tables import leaves, table
 
 VARIANTS = [{"invariance": 5.0, "variance": 10.0, "covariance": 2.0, "deviation": 0.9}]
 

@@ -11,8 +11,8 @@ from torch.nn.functional import normalize
 from mvpretrain import objectives
 from mvpretrain.distributed.collectives import Collectives, ProcessGroup, SingleProcess
 from mvpretrain.distributed.gather import gather_embeddings
+from mvpretrain.testing.tables import ROWS, draw, ids_and_presence, names, part_of
 from mvpretrain.types import Embeddings, Objective
-from tests.tables import ROWS, draw, ids_and_presence, names, part_of
 
 WIDTH, DIM = 5, 8
 

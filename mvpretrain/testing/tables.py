@@ -1,4 +1,4 @@
-"""Tables of embeddings for tests: random ones with every complication, and their rows rank by rank."""
+"""Tables of embeddings for checks: random ones with every complication, and their rows rank by rank."""
 
 from __future__ import annotations
 
