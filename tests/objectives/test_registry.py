@@ -7,8 +7,8 @@ import torch
 
 from mvpretrain.objectives import registry
 from mvpretrain.testing import check_objective
+from mvpretrain.testing._building import build, numbers_of_views
 from mvpretrain.testing._laws import settings_of
-from mvpretrain.testing.objectives import build, numbers_of_views
 from mvpretrain.testing.tables import table
 
 EXAMPLES = {f"{kind}-{i}": x for kind in registry.kinds() for i, x in enumerate(settings_of(registry, kind))}
