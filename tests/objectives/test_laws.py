@@ -129,6 +129,7 @@ def test_a_users_class_is_checked_by_its_import_path(tmp_path, monkeypatch):
         check_objective("losses_of_a_user:MyObjective", ranks=2)  # for its float()
     (tmp_path / "losses_that_are_right.py").write_text(SOURCE.replace(".float()", ""))
     check_objective("losses_that_are_right:MyObjective", ranks=2)
+    check_objective({"kind": "losses_that_are_right:MyObjective", "power": 2})
 
 
 def test_a_class_without_examples_is_refused(tmp_path, monkeypatch):
