@@ -67,7 +67,7 @@ class AMCLConfig(ObjectiveConfig):
             {"base": "simsiam", "heads": 2},
             # Bounds as they are for `barlow`: below 1 / 2, mismatched dimensions would be best.
             {"base": "barlow", "heads": 2, "eta_low": 0.5, "eta_up": 1.5, "detach": False},
-            {"heads": 1, "kappa": 5},
+            {"heads": 1, "kappa": 5, "detach": False},
         ]
 
     def differentiable(self) -> bool:

@@ -52,7 +52,7 @@ class InfoNCEConfig(ObjectiveConfig):
             {"in_view": True},
             {"in_view": True, "gradient": "scalars"},
             {"in_view": True, "table": "ring", "temperature": {"init": 0.2, "per_pair": True}},
-            {"pairs": "view0", "temperature": {"init": 0.2, "per_pair": True}},
+            {"pairs": "view0", "weights": {"view0-view1": 2.5}, "temperature": {"init": 0.2, "per_pair": True}},
         ]
 
     @model_validator(mode="after")

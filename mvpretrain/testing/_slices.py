@@ -15,7 +15,7 @@ from mvpretrain.distributed.pool import Pool
 from mvpretrain.objectives import ObjectiveConfig
 from mvpretrain.testing._building import DIM, build, numbers_of_views, parameters, state_of
 from mvpretrain.testing._laws import described, law, require, require_close
-from mvpretrain.testing.tables import ROWS, SPLITS, draw, ids_and_presence, names
+from mvpretrain.testing.tables import ROWS, SPLITS, draw, ids_and_presence, labels_of, names
 from mvpretrain.types import Embeddings
 
 WIDTH = 5  # of the inputs of linear towers
@@ -40,8 +40,7 @@ def outcome(rank: int, config: ObjectiveConfig, k: int, dtype: torch.dtype, step
     for step in range(steps):
         inputs = {v: draw(1000 * step + i, ROWS, WIDTH, dtype=dtype) for i, v in enumerate(names(k))}
         ids, present = ids_and_presence(k, seed=step)
-        labels = torch.where(ids % 3 > 0, ids % 3, -1)
-        mine = Embeddings(inputs, ids, present, labels).rows(rows_of_rank(rank, size, step))
+        mine = Embeddings(inputs, ids, present, labels_of(ids)).rows(rows_of_rank(rank, size, step))
         mine = mine._replace(z={v: normalize(x @ towers[f"tower/{v}"], dim=1) for v, x in mine.z.items()})
         losses = objective(*gather_embeddings(mine, collectives, getattr(objective, "gathers", None)))
         losses.total.backward()

@@ -19,7 +19,7 @@ from mvpretrain.objectives import ObjectiveConfig
 from mvpretrain.testing._building import DIM, build, numbers_of_views, parameters, state_of
 from mvpretrain.testing._laws import described, law, require, require_close, require_finite, settings_of
 from mvpretrain.testing._slices import check_slices
-from mvpretrain.testing.tables import ROWS, draw, leaves, names, table
+from mvpretrain.testing.tables import ROWS, draw, labels_of, leaves, names, table
 from mvpretrain.types import Embeddings, Losses, Objective
 
 STEP = 1e-6  # of finite differences, in float64
@@ -137,6 +137,7 @@ def extremes(k: int) -> dict[str, Embeddings]:
         "all views identical": whole._replace(z=dict.fromkeys(names(k), first)),
         "views antipodal": whole._replace(z={v: first * (-1) ** i for i, v in enumerate(names(k))}),
         "one id": whole._replace(ids=torch.full((ROWS,), -5)),
+        "one label": whole._replace(labels=torch.zeros_like(whole.labels)),
         "a view missing": whole._replace(present=whole.present | {names(k)[-1]: nobody}),
         "all views missing": whole._replace(present=dict.fromkeys(names(k), nobody)),
         "one row": whole.rows(slice(1, 2)),
@@ -157,10 +158,16 @@ def check_extremes(config: ObjectiveConfig, k: int) -> None:
 
 
 def require_finite_results(objective: Objective, whole: Embeddings, when: str) -> None:
-    losses = objective(whole, whole)
-    for name, x in ({"total": losses.total} | losses.parts).items():
-        require_finite(x, f"{name} {when}")
-    for v, gradient in row_gradients(losses.total, whole).items():
+    # Also on the way: a NaN that a mask takes out again would stop everyone who looks for another one.
+    with torch.autograd.set_detect_anomaly(True):
+        losses = objective(whole, whole)
+        for name, x in ({"total": losses.total} | losses.parts).items():
+            require_finite(x, f"{name} {when}")
+        try:
+            gradients = row_gradients(losses.total, whole)
+        except RuntimeError as error:
+            raise AssertionError(f"the gradient is not finite on its way {when}: {error}") from error
+    for v, gradient in gradients.items():
         require_finite(gradient, f"the gradient of {v} {when}")
 
 
@@ -182,6 +189,7 @@ def check_differences(config: ObjectiveConfig, k: int) -> None:
     if not config.differentiable():
         return
     whole, objective = leaves(table(k, seed=3, dtype=torch.float64)), build(config, k, torch.float64, spread=True)
+    whole = whole._replace(labels=labels_of(whole.ids))
     if isinstance(objective, nn.Module):
         objective.eval()  # the same draws in every call, no dropout, no state
     inputs = whole.z | parameters(objective)

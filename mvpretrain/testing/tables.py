@@ -40,6 +40,11 @@ def table(k: int, seed: int = 0, dim: int = 8, dtype: torch.dtype = torch.float3
     return Embeddings(z, ids, present, torch.full((ROWS,), -1))
 
 
+def labels_of(ids: Tensor) -> Tensor:
+    """Two classes, and rows without a label; rows of one id have one label."""
+    return torch.where(ids % 3 > 0, ids % 3, -1)
+
+
 def part_of(whole: Embeddings, rank: int, size: int) -> Embeddings:
     start = sum(SPLITS[size][:rank])
     return whole.rows(slice(start, start + SPLITS[size][rank]))
