@@ -74,6 +74,10 @@ class External(Kind):
     model_config = ConfigDict(frozen=True, extra="allow", arbitrary_types_allowed=True)
     context: ClassVar[tuple[str, ...]] = ()
 
+    def method(self, name: str) -> Callable[..., Any] | None:
+        """A static or class method by which the class says of itself what settings say of a kind; None without it."""
+        return getattr(import_path(self.kind, "user"), name, None)
+
 
 K = TypeVar("K", bound=Kind)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 import warnings
@@ -112,6 +113,14 @@ def refusals(rank: int = 0) -> dict[str, str]:
         except Exception as error:
             found[room] = type(error).__name__
     return found
+
+
+def test_modules_of_a_folder_that_is_new_on_the_path_are_found(ranks, tmp_path, monkeypatch):
+    ranks(2).run(process_id)
+    (tmp_path / "late_module.py").write_text("def twice(rank, x):\n    return 2 * x + rank\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    late = importlib.import_module("late_module")
+    assert ranks(2).run(late.twice, 5) == [10, 11]
 
 
 def test_each_room_is_taken_once_and_sees_a_wrong_shape_refused(ranks):

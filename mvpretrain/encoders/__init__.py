@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mvpretrain.registry import External, Kind, Registry, build_external
+from mvpretrain.types import View
 
 
 class EncoderConfig(Kind):
@@ -18,6 +19,18 @@ class EncoderConfig(Kind):
     `build` gives a module with `forward(view) -> b dim` and an attribute `dim`. A module may also have the hooks
     `RecomputesActivations` and `HasBlocks` of `mvpretrain.types`.
     """
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        """Settings of the smallest complete encoder and its variants, without `kind`.
+
+        `mvpretrain.testing.check_encoder` holds each to the laws, and refuses a kind that gives none.
+        """
+        return []
+
+    def example_view(self, rows: int) -> View:
+        """Random items that this encoder takes, by torch's generator, with a mask of ones where lengths may vary."""
+        raise ValueError(f"encoder kind {self.kind!r} has no example_view(rows) that gives a View of items it takes")
 
     def build(self) -> nn.Module:
         raise TypeError(f"{type(self).__name__} must define build")
@@ -29,6 +42,10 @@ class EncoderConfig(Kind):
 
 class ExternalEncoder(EncoderConfig, External):
     """A user's own module, `forward(view) -> b dim` with an attribute `dim`, by import path."""
+
+    def example_view(self, rows: int) -> View:
+        own = self.method("example_view")  # a method of the module, whose settings it needs
+        return super().example_view(rows) if own is None else own(self.build(), rows)
 
     def build(self) -> nn.Module:
         return build_external(self)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from einops import reduce
 from jaxtyping import Float
 from pydantic import Field, PositiveInt
@@ -28,6 +29,13 @@ class ConvConfig(EncoderConfig):
     stages: PositiveInt = 3
     depth: PositiveInt = 1
     norm: Literal["group", "batch"] = "group"
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [{"width": 8, "stages": 2}, {"width": 8, "stages": 2, "norm": "batch"}]
+
+    def example_view(self, rows: int) -> View:
+        return View(torch.randn(rows, self.channels, 16, 16))
 
     def build(self) -> Conv:
         return Conv(self)

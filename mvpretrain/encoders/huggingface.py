@@ -43,6 +43,22 @@ class HuggingFaceConfig(EncoderConfig):
             )
         return self
 
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+        still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        return [
+            {"config": {"model_type": "bert", "vocab_size": 40, **still, **small}},
+            {"config": {"model_type": "bert", "vocab_size": 40, **still, **small}, "pooling": "pooler"},
+            {"config": {"model_type": "dinov2", "image_size": 16, "patch_size": 8, **small}},
+        ]
+
+    def example_view(self, rows: int) -> View:
+        settings = self.build().settings
+        if side := getattr(settings, "image_size", None):
+            return View(torch.randn(rows, settings.num_channels, side, side))
+        return View(torch.randint(1, settings.vocab_size, (rows, 6)), torch.ones(rows, 6, dtype=torch.bool))
+
     def build(self) -> HuggingFace:
         return HuggingFace(self)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -23,6 +24,15 @@ class MLPConfig(EncoderConfig):
     depth: PositiveInt = 2
     dropout: float = Field(0.0, ge=0, lt=1)
     norm: Literal["layer", "none"] = "layer"
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [{"input": 80, "width": 16}]
+
+    def example_view(self, rows: int) -> View:
+        length = math.gcd(self.input, 20)
+        data = torch.randn(rows, length, self.input // length)
+        return View(data, torch.ones(rows, length, dtype=torch.bool))
 
     def build(self) -> MLP:
         return MLP(self)

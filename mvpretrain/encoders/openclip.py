@@ -7,6 +7,7 @@ from functools import partial
 from pickle import UnpicklingError
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
@@ -42,6 +43,31 @@ class OpenCLIPConfig(EncoderConfig):
         if self.modality == "text" and self.force_image_size is not None:
             raise ValueError(f"force_image_size is {self.force_image_size} for a text tower; leave it out")
         return self
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [
+            {
+                "modality": modality,
+                "config": {
+                    "embed_dim": 12,
+                    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "head_width": 8, "layers": 2},
+                    "text_cfg": {"context_length": 6, "vocab_size": 32, "width": 16, "heads": 2, "layers": 2},
+                },
+            }
+            for modality in ("image", "text")
+        ]
+
+    def example_view(self, rows: int) -> View:
+        import open_clip
+
+        settings = self.config or open_clip.get_model_config(self.model)
+        assert settings is not None, self.model
+        if self.modality == "text":
+            text = settings["text_cfg"]
+            return View(torch.randint(1, text["vocab_size"] - 1, (rows, text["context_length"])))
+        side = self.force_image_size or settings["vision_cfg"]["image_size"]
+        return View(torch.randn(rows, 3, side, side))
 
     def build(self) -> OpenCLIP:
         return OpenCLIP(self)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
 from pydantic import PositiveInt
 from torch import Tensor, nn
@@ -21,6 +22,13 @@ class ResNetConfig(EncoderConfig):
     depth: Literal[18, 34, 50] = 18
     channels: PositiveInt = 3
     norm: Literal["batch", "group"] = "batch"
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [{"norm": "group"}]
+
+    def example_view(self, rows: int) -> View:
+        return View(torch.randn(rows, self.channels, 16, 16))
 
     def build(self) -> ResNet:
         return ResNet(self)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -39,6 +39,13 @@ class SeriesConfig(EncoderConfig):
                 f"kernel {self.kernel} must be odd and no less than the largest stride {max(self.strides)}"
             )
         return self
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [{"channels": 4, "strides": (2, 3), "width": 16, "depth": 2, "heads": 2}]
+
+    def example_view(self, rows: int) -> View:
+        return View(torch.randn(rows, 20, self.channels), torch.ones(rows, 20, dtype=torch.bool))
 
     def build(self) -> Series:
         return Series(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pickle import UnpicklingError
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
 from pydantic import PositiveInt, field_validator
 from torch import Tensor, nn
@@ -36,6 +37,16 @@ class TimmConfig(EncoderConfig):
         for key in LOADING & value.keys():
             raise ValueError(f"options.{key} would let timm read or fetch weights by itself; give a file as pretrained")
         return value
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [
+            {"model": "vit_tiny_patch16_224", "image_size": 16, "options": {"depth": 2, "embed_dim": 24}},
+        ]
+
+    def example_view(self, rows: int) -> View:
+        side = self.image_size or 64
+        return View(torch.randn(rows, self.channels, side, side))
 
     def build(self) -> Timm:
         return Timm(self)

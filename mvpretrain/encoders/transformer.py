@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,14 @@ class TransformerConfig(EncoderConfig):
     depth: PositiveInt = 4
     heads: PositiveInt = 3
     dropout: float = Field(0.0, ge=0, lt=1)
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [{"length": 8, "width": 16, "depth": 2, "heads": 2}]
+
+    def example_view(self, rows: int) -> View:
+        length = min(self.length, 6)
+        return View(torch.randint(1, self.vocabulary, (rows, length)), torch.ones(rows, length, dtype=torch.bool))
 
     def build(self) -> Transformer:
         return Transformer(self)

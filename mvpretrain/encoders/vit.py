@@ -6,7 +6,7 @@ exports that exist depend on its random draws and on the names of its weights.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -37,6 +37,16 @@ class ViTConfig(EncoderConfig):
         if self.image_size % self.patch:
             raise ValueError(f"image_size {self.image_size} is no multiple of patch {self.patch}; change one of them")
         return self
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [
+            {"image_size": 16, "width": 16, "depth": 2, "heads": 2},
+            {"image_size": 16, "width": 16, "depth": 2, "heads": 2, "pool": "mean"},
+        ]
+
+    def example_view(self, rows: int) -> View:
+        return View(torch.randn(rows, self.channels, self.image_size, self.image_size))
 
     def build(self) -> ViT:
         return ViT(self)

@@ -16,6 +16,25 @@ from mvpretrain.types import Objective
 class ObjectiveConfig(Kind):
     """Settings of an objective; a kind defines `build`, and the other methods where their answers do not fit it."""
 
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        """The smallest complete settings and their variants, without `kind`, for views named view0, view1, ...
+
+        `mvpretrain.testing.check_objective` holds each to the laws, and refuses a kind that gives none.
+        """
+        return []
+
+    def takes(self, k: int) -> bool:
+        """Whether the objective compares this number of views."""
+        return k >= 2
+
+    def differentiable(self) -> bool:
+        """Whether the gradient of a new objective's first step is the whole derivative of its value.
+
+        It is not where something that depends on the rows is a constant to the gradient on purpose.
+        """
+        return True
+
     def check(self, views: Sequence[str]) -> None:
         """ValueError where the objective asks for a view that is not among `views`."""
 
@@ -44,6 +63,14 @@ class ExternalObjective(ObjectiveConfig, External):
     """A user's own class, `forward(local, gathered) -> Losses`, by import path."""
 
     context: ClassVar[tuple[str, ...]] = ("views", "collectives")
+
+    def takes(self, k: int) -> bool:
+        own = self.method("takes")
+        return super().takes(k) if own is None else own(k)
+
+    def differentiable(self) -> bool:
+        own = self.method("differentiable")
+        return super().differentiable() if own is None else own()
 
     def build(self, views: Sequence[str], collectives: Collectives) -> Objective:
         return build_external(self, views=views, collectives=collectives)

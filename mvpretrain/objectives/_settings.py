@@ -68,6 +68,9 @@ class MovingAverageConfig(ObjectiveConfig):
     device: bool = False
     published: bool = False
 
+    def differentiable(self) -> bool:
+        return not self.published
+
     def check(self, views: Sequence[str]) -> None:
         pairs_of(self.pairs, views)
 

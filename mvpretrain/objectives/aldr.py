@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -37,6 +37,13 @@ class ALDRConfig(ObjectiveConfig):
     margin: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     gradient: GradientMode = "scalars"
     device: bool = False
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [{}, {"gradient": "features", "margin": 0.1}]
+
+    def differentiable(self) -> bool:
+        return False  # temperatures are constants
 
     def check(self, views: Sequence[str]) -> None:
         pairs_of(self.pairs, views)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,10 @@ class AlignmentUniformityConfig(ObjectiveConfig):
     t: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     alignment: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     uniformity: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [{}, {"alpha": 1.0, "t": 3.0, "alignment": 0.5, "uniformity": 2.0}]
 
     def build(self, views: Sequence[str], collectives: Collectives) -> AlignmentUniformity:
         return AlignmentUniformity(self, views, collectives)

@@ -60,6 +60,20 @@ class AMCLConfig(ObjectiveConfig):
     off_diagonal: float = Field(default=0.0051, ge=0, allow_inf_nan=False)
     dim: int | None = Field(default=None, ge=1)
 
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [
+            {},
+            {"base": "infonce", "heads": 2, "kappa": 3, "detach": False},
+            {"base": "simsiam", "heads": 2},
+            # Bounds as they are for `barlow`: below 1 / 2, mismatched dimensions would be best.
+            {"base": "barlow", "heads": 2, "eta_low": 0.5, "eta_up": 1.5, "detach": False},
+            {"heads": 1, "kappa": 5, "detach": False},
+        ]
+
+    def differentiable(self) -> bool:
+        return not self.detach and self.base != "simsiam"
+
     @model_validator(mode="before")
     @classmethod
     def _bounds_of_barlow(cls, value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -21,6 +21,10 @@ class BarlowConfig(ObjectiveConfig):
 
     kind: Literal["barlow"] = "barlow"
     off_diagonal: float = Field(default=0.0051, ge=0, allow_inf_nan=False)
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [{}, {"off_diagonal": 0.1}]
 
     def build(self, views: Sequence[str], collectives: Collectives) -> Barlow:
         return Barlow(self, views)

@@ -38,6 +38,17 @@ class DBPMConfig(ObjectiveConfig):
     published: bool = False
     device: bool = False
 
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [
+            {"objective": {"kind": "infonce"}, "warmup": 1},
+            {"objective": {"kind": "dcl"}, "warmup": 1, "noisy": 0.5, "faulty": 0.5, "published": True},
+            {"objective": {"kind": "one_vs_rest"}, "warmup": 1, "noisy": 0.3, "faulty": 0.3},
+        ]
+
+    def takes(self, k: int) -> bool:
+        return self.objective.takes(k)
+
     def check(self, views: Sequence[str]) -> None:
         if self.objective.kind not in PER_PAIR:
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations, combinations_with_replacement, permutations
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -31,6 +31,13 @@ class DCLConfig(ObjectiveConfig):
     kind: Literal["dcl"] = "dcl"
     temperature: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     weighted: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [{}, {"weighted": 0.5, "temperature": 0.2}]
+
+    def differentiable(self) -> bool:
+        return self.weighted is None  # the weights are constants
 
     def build(self, views: Sequence[str], collectives: Collectives) -> DCL:
         return DCL(self, views, collectives)

@@ -51,6 +51,17 @@ class FastCLIPConfig(MovingAverageConfig):
     clip: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     gamma: Gamma = Gamma(value=0.2)
 
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [
+            {},
+            {"variant": "v0"},
+            {"variant": "v1", "gradient": "features"},
+            {"variant": "v2", "in_view": True},
+            {"variant": "v2", "published": True},
+            {"published": True},
+        ]
+
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,10 @@ class GramConfig(AnchoredTupleConfig):
     """
 
     kind: Literal["gram"] = "gram"
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [{}, {"anchor": "all", "label_smoothing": 0.1}]
 
     def check(self, views: Sequence[str]) -> None:
         self.anchor_views(views)

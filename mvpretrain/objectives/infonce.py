@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from jaxtyping import Float
 from pydantic import model_validator
@@ -40,6 +40,16 @@ class InfoNCEConfig(ObjectiveConfig):
     in_view: bool = False
     table: Literal["auto", "gather", "ring"] = "auto"
     gradient: GradientMode = "features"
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [
+            {},
+            {"in_view": True},
+            {"in_view": True, "gradient": "scalars"},
+            {"in_view": True, "table": "ring", "temperature": {"init": 0.2, "per_pair": True}},
+            {"pairs": "view0", "weights": {"view0-view1": 2.5}, "temperature": {"init": 0.2, "per_pair": True}},
+        ]
 
     @model_validator(mode="after")
     def _table_is_gathered(self) -> InfoNCEConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -35,6 +35,14 @@ class ISogCLRConfig(MovingAverageConfig):
     rate: float = Field(default=0.03, ge=0, allow_inf_nan=False)
     momentum: float = Field(default=0.9, gt=0, le=1)
     clip: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [
+            {},
+            {"in_view": True, "gradient": "features"},
+            {"published": True, "gamma": {"value": 0.3, "decay_steps": 4}},
+        ]
 
     @model_validator(mode="after")
     def _within(self) -> ISogCLRConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -33,6 +33,13 @@ class M3GConfig(ObjectiveConfig):
     max_sweeps: int = Field(default=100, ge=1)
     views: Literal["all"] | tuple[str, ...] = "all"
     scope: Literal["global", "rank"] = "global"
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [{}, {"temperature": 0.1}, {"epsilon": 0.05, "tolerance": 1e-5}]
+
+    def differentiable(self) -> bool:
+        return False  # it is the derivative at the fixed point, to the tolerance
 
     @model_validator(mode="after")
     def _one_scale(self) -> M3GConfig:

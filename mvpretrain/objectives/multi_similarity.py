@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -36,6 +36,10 @@ class MultiSimilarityConfig(ObjectiveConfig):
     threshold: float = Field(default=0.5, allow_inf_nan=False)
     margin: float | None = Field(default=0.1, ge=0, allow_inf_nan=False)
     labels: bool = False
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [{}, {"labels": True, "margin": None}, {"pairs": "view0", "margin": 0.5, "beta": 10.0}]
 
     def check(self, views: Sequence[str]) -> None:
         pairs_of(self.pairs, views)

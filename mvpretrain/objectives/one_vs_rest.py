@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,10 @@ class OneVsRestConfig(ObjectiveConfig):
     kind: Literal["one_vs_rest"] = "one_vs_rest"
     normalize: bool = True
     temperature: Temperature = Temperature()
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [{}, {"normalize": False}, {"temperature": {"init": 0.2, "per_pair": True}}]
 
     def build(self, views: Sequence[str], collectives: Collectives) -> OneVsRest:
         return OneVsRest(self, views, collectives)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -29,6 +29,10 @@ class PmrlConfig(ObjectiveConfig):
     spectral_temperature: float = Field(default=0.05, gt=0, allow_inf_nan=False)
     instance_temperature: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     instance_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [{}, {"spectral_temperature": 0.5, "instance_temperature": 0.2, "instance_weight": 2.0}]
 
     def build(self, views: Sequence[str], collectives: Collectives) -> Pmrl:
         return Pmrl(self, views)

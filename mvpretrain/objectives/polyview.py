@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations_with_replacement
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -33,6 +33,10 @@ class PolyviewConfig(ObjectiveConfig):
     kind: Literal["polyview"] = "polyview"
     form: Literal["geometric", "arithmetic", "sufficient"] = "geometric"
     temperature: Temperature = Temperature()
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [{}, *({"form": form, "temperature": {"init": 0.2}} for form in ("arithmetic", "sufficient"))]
 
     def check(self, views: Sequence[str]) -> None:
         self.temperature.refuse_per_pair("polyview has one denominator over all views and so one temperature")

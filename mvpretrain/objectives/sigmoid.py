@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -33,6 +33,10 @@ class SigmoidConfig(ObjectiveConfig):
     bias: float = Field(default=-10.0, allow_inf_nan=False)
     learnable: bool = True
     per_pair: bool = False
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [{}, {"per_pair": True, "scale": 4.0, "bias": -2.0}]
 
     def build(self, views: Sequence[str], collectives: Collectives) -> Sigmoid:
         return Sigmoid(self, views)

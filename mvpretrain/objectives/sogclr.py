@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from torch import nn
@@ -24,6 +24,15 @@ class SogCLRConfig(MovingAverageConfig):
     kind: Literal["sogclr"] = "sogclr"
     temperature: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     gamma: Gamma = Gamma(value=0.9)
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [
+            {},
+            {"in_view": True},
+            {"gradient": "features", "eps": 0.1},
+            {"in_view": True, "published": True},
+        ]
 
     def build(self, views: Sequence[str], collectives: Collectives) -> SogCLR:
         return SogCLR(self, views, collectives)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, SerializeAsAny, model_validator
@@ -40,6 +40,29 @@ class SumConfig(ObjectiveConfig):
 
     kind: Literal["sum"] = "sum"
     terms: tuple[Term, ...]
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [
+            {
+                "terms": [
+                    {"objective": {"kind": "infonce"}, "weight": 0.5},
+                    {"objective": {"kind": "dcl"}, "views": ["view1", "view0"], "name": "first two"},
+                ]
+            },
+            {
+                "terms": [
+                    {"objective": {"kind": "sigmoid", "per_pair": True}, "weight": 2},
+                    {"objective": {"kind": "infonce", "in_view": True}},
+                ]
+            },
+        ]
+
+    def takes(self, k: int) -> bool:
+        return all(term.objective.takes(k if term.views is None else len(term.views)) for term in self.terms)
+
+    def differentiable(self) -> bool:
+        return all(term.objective.differentiable() for term in self.terms)
 
     @model_validator(mode="after")
     def _terms(self) -> SumConfig:

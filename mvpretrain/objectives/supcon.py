@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -25,6 +25,10 @@ class SupConConfig(ObjectiveConfig):
 
     kind: Literal["supcon"] = "supcon"
     temperature: Temperature = Temperature()
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [{}, {"temperature": {"init": 0.1, "learnable": False}}]
 
     def check(self, views: Sequence[str]) -> None:
         self.temperature.refuse_per_pair("supcon has one denominator over all views and so one temperature")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -53,6 +53,10 @@ class SymileConfig(ObjectiveConfig):
     kind: Literal["symile"] = "symile"
     negatives: Literal["linear", "quadratic"] = "linear"
     scale: Scale = Scale()
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [{}, {"negatives": "quadratic", "scale": {"init": 2.0, "per_dim": False}}]
 
     def build(self, views: Sequence[str], collectives: Collectives) -> Symile:
         return Symile(self, views)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -35,6 +35,17 @@ class TempNetConfig(MovingAverageConfig):
     sharpness: float = Field(default=0.01, gt=0, allow_inf_nan=False)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     gamma: Gamma = Gamma(value=1.0)
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [
+            # As sharp as it starts by default, the softmax has a gradient of rounding errors in its sharpness.
+            {"prototypes": 16, "sharpness": 1.0},
+            {"prototypes": 16, "sharpness": 1.0, "in_view": True, "gradient": "features", "gamma": {"value": 0.8}},
+        ]
+
+    def differentiable(self) -> bool:
+        return False  # the networks see rows through a stop-gradient
 
     @model_validator(mode="after")
     def _within(self) -> TempNetConfig:

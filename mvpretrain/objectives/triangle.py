@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from jaxtyping import Float
 from pydantic import Field
@@ -26,6 +26,13 @@ class TriangleConfig(AnchoredTupleConfig):
 
     kind: Literal["triangle"] = "triangle"
     alpha: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [{}, {"anchor": "all", "alpha": 0.5, "label_smoothing": 0.1}]
+
+    def takes(self, k: int) -> bool:
+        return k == 3
 
     def check(self, views: Sequence[str]) -> None:
         if len(views) != 3:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,6 +25,10 @@ class VicregConfig(ObjectiveConfig):
     variance: float = Field(default=25.0, ge=0, allow_inf_nan=False)
     covariance: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     deviation: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [{}, {"invariance": 5.0, "variance": 10.0, "covariance": 2.0, "deviation": 0.9}]
 
     def build(self, views: Sequence[str], collectives: Collectives) -> Vicreg:
         return Vicreg(self, views)

@@ -26,6 +26,14 @@ class ViewConfig(Kind):
     tower: str | None = None
     missing: Literal["some", "any", "none", "drop"] = "some"
 
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        """Small complete settings and their variants, without `kind`.
+
+        `mvpretrain.testing.check_view` holds each to the laws, and refuses a kind that gives none.
+        """
+        return []
+
     @property
     def fields(self) -> tuple[str, ...]:
         """The alternatives in `field`, the preferred one first."""
@@ -48,6 +56,10 @@ class ExternalView(ViewConfig, External):
     """A user's own transform, `__call__(raw) -> View` and `blank() -> View`, by import path."""
 
     context: ClassVar[tuple[str, ...]] = ("train",)
+
+    def sketch(self, latent: np.ndarray) -> Any:
+        own = self.method("sketch")
+        return super().sketch(latent) if own is None else own(latent)
 
     def build(self, train: bool) -> Transform:
         return build_external(self, train=train)

@@ -64,6 +64,13 @@ class AudioConfig(ViewConfig):
     normalize: Literal["item", "none"] | Normalization = "item"
     augment: Literal["none", "specaugment"] | Augment = "none"
 
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [
+            {"rate": 8000, "seconds": 0.2, "window": 256, "mels": 32},
+            {"rate": 8000, "seconds": 0.2, "window": 256, "mels": 32, "augment": "specaugment", "normalize": "none"},
+        ]
+
     @model_validator(mode="after")
     def _spectrum_is_possible(self) -> AudioConfig:
         if self.fft < self.window:

@@ -96,6 +96,10 @@ class ImageConfig(ViewConfig):
     augment: Preset | Augment = "none"
     normalize: Literal["clip", "imagenet", "half", "none"] | Normalization = "clip"
 
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [{"size": 24}, {"size": 24, "augment": "simclr"}, {"size": 24, "channels": 1, "normalize": "half"}]
+
     @model_validator(mode="after")
     def _one_constant_a_channel(self) -> ImageConfig:
         mean, std = self.constants()

@@ -50,6 +50,13 @@ class SeriesConfig(ViewConfig):
     standardize: bool = True
     augment: Augment = Augment()
 
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [
+            {"channels": 3, "length": 80},
+            {"channels": 3, "length": 40, "select": (2,), "time_first": True, "key": "x"},
+        ]
+
     @model_validator(mode="after")
     def _channels_exist(self) -> SeriesConfig:
         wrong = [c for c in self.select or () if not 0 <= c < self.channels]

@@ -36,6 +36,10 @@ class TextConfig(ViewConfig):
     key: str | None = None
     lines: bool = False
 
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [{"length": 64}, {"length": 16, "field": "json", "key": "captions.0"}]
+
     @field_validator("tokenizer")
     @classmethod
     def _known(cls, value: str) -> str:

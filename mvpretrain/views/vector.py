@@ -39,6 +39,10 @@ class VectorConfig(ViewConfig):
     std: float | tuple[float, ...] = 1.0
     augment: Augment = Augment()
 
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [{"dim": 20}, {"dim": 20, "log1p": True, "augment": {"noise": 0.1, "dropout": 0.2}}]
+
     @model_validator(mode="after")
     def _one_constant_a_feature(self) -> VectorConfig:
         for name, value in (("mean", self.mean), ("std", self.std)):

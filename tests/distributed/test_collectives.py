@@ -9,8 +9,8 @@ from torch.nn.functional import normalize
 
 from mvpretrain.distributed.collectives import Collectives, ProcessGroup, SingleProcess
 from mvpretrain.distributed.gather import gather_embeddings
+from mvpretrain.testing.tables import SPLITS, draw, leaves, part_of
 from mvpretrain.types import Embeddings
-from tests.tables import SPLITS, draw, leaves, part_of
 
 # Ids that no float holds, the pattern of a signalling NaN among them.
 IDS = torch.tensor([2**62 + 1, -(2**63), -1, 2**53 + 1, 0, 2**63 - 1, 0x7FA0_0001_7FA0_0001, -7, 3, 2**40, 11, 12])

@@ -11,8 +11,13 @@ import torch
 from pydantic import ValidationError
 
 from mvpretrain.encoders import build, registry
+from mvpretrain.encoders.huggingface import HuggingFaceConfig
+from mvpretrain.encoders.openclip import OpenCLIPConfig
 from mvpretrain.types import View
-from tests.encoders.test_registry import BERT, CLIP, SMALL
+
+BERT: dict[str, Any] = HuggingFaceConfig.examples()[0]["config"]
+CLIP: dict[str, Any] = OpenCLIPConfig.examples()[0]["config"]
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
 
 @pytest.fixture(scope="module")

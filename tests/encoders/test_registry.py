@@ -1,8 +1,7 @@
-"""Every encoder behind the registry, at its smallest, is held to the same contract."""
+"""Every encoder behind the registry is held to the laws of mvpretrain.testing, and each law catches a wrong one."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -10,172 +9,97 @@ import torch
 from torch import Tensor, nn
 
 from mvpretrain.encoders import build, registry
-from mvpretrain.types import Encoder, View
+from mvpretrain.testing import check_encoder
+from mvpretrain.testing._laws import settings_of
+from mvpretrain.testing.encoders import example
+from mvpretrain.types import View
 
-CLIP = {
-    "embed_dim": 12,
-    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "head_width": 8, "layers": 2},
-    "text_cfg": {"context_length": 6, "vocab_size": 32, "width": 16, "heads": 2, "layers": 2},
-}
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-BERT = {
-    "model_type": "bert",
-    "vocab_size": 40,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    **SMALL,
-}
-IMAGE, IDS, SERIES = (3, 16, 16), (6,), (20, 4)
-
-# One row an encoder: name, settings, shape of an item.
-CASES: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
-    ("conv", {"kind": "conv", "width": 8, "stages": 2}, IMAGE),
-    ("conv-batch", {"kind": "conv", "width": 8, "stages": 2, "norm": "batch"}, IMAGE),
-    ("huggingface-mean", {"kind": "huggingface", "config": BERT}, IDS),
-    ("huggingface-pooler", {"kind": "huggingface", "config": BERT, "pooling": "pooler"}, IDS),
-    (
-        "huggingface-image",
-        {"kind": "huggingface", "config": {"model_type": "dinov2", "image_size": 16, "patch_size": 8, **SMALL}},
-        IMAGE,
-    ),
-    ("mlp", {"kind": "mlp", "input": 80, "width": 16}, SERIES),
-    ("openclip-image", {"kind": "openclip", "modality": "image", "config": CLIP}, IMAGE),
-    ("openclip-text", {"kind": "openclip", "modality": "text", "config": CLIP}, IDS),
-    ("resnet", {"kind": "resnet", "norm": "group"}, IMAGE),
-    ("series", {"kind": "series", "channels": 4, "strides": (2, 3), "width": 16, "depth": 2, "heads": 2}, SERIES),
-    (
-        "timm",
-        {"kind": "timm", "model": "vit_tiny_patch16_224", "image_size": 16, "options": {"depth": 2, "embed_dim": 24}},
-        IMAGE,
-    ),
-    ("transformer", {"kind": "transformer", "length": 8, "width": 16, "depth": 2, "heads": 2}, IDS),
-    ("vit", {"kind": "vit", "image_size": 16, "width": 16, "depth": 2, "heads": 2}, IMAGE),
-    ("vit-mean", {"kind": "vit", "image_size": 16, "width": 16, "depth": 2, "heads": 2, "pool": "mean"}, IMAGE),
-]
-MASKED = [case for case in CASES if case[0].startswith(("huggingface-mean", "mlp", "series", "transformer"))]
+EXAMPLES = {f"{kind}-{i}": x for kind in registry.kinds() for i, x in enumerate(settings_of(registry, kind))}
+IMAGES = [name for name, config in EXAMPLES.items() if example(config).data.ndim == 4]
 
 
-def each(cases: list[Any]) -> Any:
-    return pytest.mark.parametrize(("settings", "item"), [case[1:] for case in cases], ids=[case[0] for case in cases])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_laws_hold(name: str) -> None:
+    check_encoder(EXAMPLES[name])
 
 
-def made(settings: dict[str, Any]) -> Any:
-    torch.manual_seed(0)
-    return build(settings)
-
-
-def data(item: tuple[int, ...], rows: int = 3) -> Tensor:
-    torch.manual_seed(1)
-    return torch.randint(1, 30, (rows, *item)) if item == IDS else torch.randn(rows, *item)
-
-
-def test_every_kind_is_among_the_cases() -> None:
-    assert {case[1]["kind"] for case in CASES} == set(registry.kinds())
-
-
-@each(CASES)
-def test_one_float32_vector_a_row_in_any_precision(settings: dict[str, Any], item: tuple[int, ...]) -> None:
-    module, view = made(settings), View(data(item))
-    encoder: Encoder = module
-    assert isinstance(encoder, Encoder)
-    assert module.training
-    plain = encoder(view)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = encoder(view)
-    half = copy.deepcopy(module).bfloat16()(view)
-    for z in (plain, cast, half):
-        assert z.shape == (3, encoder.dim)
-        assert z.dtype == torch.float32
-        assert z.isfinite().all()
-    assert plain.std(dim=0).max() > 1e-4, "rows must differ"
-
-
-@each(CASES)
-def test_gradient_reaches_every_trainable_parameter(settings: dict[str, Any], item: tuple[int, ...]) -> None:
-    encoder = made(settings)
-    z = encoder(View(data(item)))
-    (z * torch.randn(z.shape)).sum().backward()
-    trainable = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
-    assert trainable
-    assert [name for name, p in trainable.items() if p.grad is None] == []
-    assert all(p.grad.isfinite().all() for p in trainable.values())
-
-
-@each(CASES)
-def test_parameters_are_as_deepspeed_takes_them_and_as_the_seed_says(
-    settings: dict[str, Any], item: tuple[int, ...]
-) -> None:
-    encoder, again = made(settings), made(settings)
-    for p, q in zip(encoder.parameters(), again.parameters()):
-        assert p.ndim > 0
-        assert p.is_contiguous()
-        assert p.dtype == torch.float32
-        assert torch.equal(p, q)
-
-
-@each(CASES)
-def test_portable_settings_and_a_state_dict_are_the_whole_encoder(
-    settings: dict[str, Any], item: tuple[int, ...]
-) -> None:
-    encoder, view = made(settings).eval(), View(data(item))
-    written = registry.parse(settings).portable(encoder).model_dump_json()
-    other = build(registry.config(settings["kind"]).model_validate_json(written)).eval()
-    assert not torch.equal(other(view), encoder(view))
-    other.load_state_dict(encoder.state_dict())
-    assert torch.equal(other(view), encoder(view))
-
-
-@each([case for case in CASES if case[0] != "conv-batch"])
-def test_recomputed_activations_give_the_same_gradients(settings: dict[str, Any], item: tuple[int, ...]) -> None:
-    encoder, view = made(settings), View(data(item))
-    assert len(encoder.blocks) >= 2
-    names = list(encoder.state_dict())
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "conv-1"])
+def test_recomputed_activations_are_computed_in_the_backward_pass(name: str) -> None:
+    encoder, view = build(EXAMPLES[name]), example(EXAMPLES[name])
+    blocks: Any = encoder.blocks
+    assert len(blocks) >= 2
     calls: list[int] = []
-    for block in encoder.blocks:
+    for block in blocks:
         norm = next(m for m in block.modules() if isinstance(m, nn.LayerNorm | nn.GroupNorm))
         norm.register_forward_hook(lambda *_: calls.append(1))
-    gradients = []
     for step in range(2):
-        encoder.zero_grad()
         encoder(view).square().mean().backward()
-        gradients.append([p.grad.clone() for p in encoder.parameters() if p.requires_grad])
-        assert len(calls) == (1 + step) * len(encoder.blocks), "the second pass through the blocks must be in backward"
+        assert len(calls) == (1 + step) * len(blocks)
         calls.clear()
         if step == 0:
-            encoder.checkpoint_activations()
-    assert list(encoder.state_dict()) == names
-    for once, twice in zip(*gradients):
-        torch.testing.assert_close(once, twice)
+            encoder.checkpoint_activations()  # type: ignore[operator]
 
 
-@each(MASKED)
-def test_padding_does_not_change_the_result(settings: dict[str, Any], item: tuple[int, ...]) -> None:
-    encoder, x = made(settings).eval(), data(item)
-    lengths = torch.tensor([1, item[0] // 2, item[0]])
-    mask = torch.arange(item[0]) < lengths[:, None]
-    expected = encoder(View(x, mask))
-    other = x.clone()
-    other[~mask] = 17 if item == IDS else 1e3
-    torch.testing.assert_close(encoder(View(other, mask)), expected)
-    if settings["kind"] != "mlp":  # an item on its own, without any padding
-        for row, length in enumerate(lengths.tolist()):
-            alone = encoder(View(x[row : row + 1, :length], None))
-            torch.testing.assert_close(alone[0], expected[row], atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(encoder(View(x, torch.ones_like(mask)))[0], expected[0])
-
-
-@each(MASKED)
-def test_rows_without_data_are_finite(settings: dict[str, Any], item: tuple[int, ...]) -> None:
-    encoder = made(settings)
-    mask = torch.zeros(3, item[0], dtype=torch.bool)
-    mask[0, 0] = mask[1, 1] = True
-    z = encoder(View(data(item), mask))
-    z.sum().backward()
-    assert z.isfinite().all()
-    assert all(p.grad.isfinite().all() for p in encoder.parameters() if p.requires_grad)
-
-
-@each([case for case in CASES if case[2] == IMAGE])
-def test_an_image_of_other_channels_is_refused(settings: dict[str, Any], item: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("name", IMAGES)
+def test_an_image_of_other_channels_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"\(3, .*got \(1, 16, 16\).*channels|\(3, .*got \(1, 16, 16\).*(size|json)"):
-        made(settings)(View(torch.zeros(2, 1, 16, 16)))
+        build(EXAMPLES[name])(View(torch.zeros(2, 1, 16, 16)))
+
+
+class Linear(nn.Module):
+    """The masked mean of a series, through one linear map; with a fault where one is named."""
+
+    def __init__(self, fault: str = "") -> None:
+        super().__init__()
+        self.dim, self.fault = 5, fault
+        self.linear = nn.Linear(4, 5)
+        self.unused = nn.Linear(2, 2) if fault == "unused part" else None
+        Linear.built += fault == "another start"
+        self.start = nn.Parameter(torch.full((5,), float(Linear.built)))
+
+    built = 0
+
+    @classmethod
+    def examples(cls) -> list[dict[str, Any]]:
+        return [{}]
+
+    def example_view(self, rows: int) -> View:
+        return View(torch.randn(rows, 6, 4), torch.ones(rows, 6, dtype=torch.bool))
+
+    def forward(self, view: View) -> Tensor:
+        x = view.data.to(self.linear.weight.dtype)
+        mask = torch.ones(x.shape[:2], dtype=torch.bool) if view.mask is None else view.mask
+        mask = torch.ones_like(mask) if self.fault == "no mask" else mask
+        count = mask.sum(dim=1, keepdim=True)
+        mean = (x * mask[..., None]).sum(dim=1) / (count if self.fault == "empty mean" else count.clamp_min(1))
+        z = self.linear(mean) + self.start
+        if self.fault == "batch statistics":
+            z = z - z.mean(dim=0)
+        if self.fault == "noise":
+            z = z + torch.rand(())
+        z = z.bfloat16() if self.fault == "half" else z.float()
+        return z[:, :4] if self.fault == "narrow" else z
+
+
+def test_a_sound_encoder_passes() -> None:
+    check_encoder(Linear)
+
+
+@pytest.mark.parametrize(("fault", "law", "words"), [
+    ("narrow", "vectors", r"it gives \(3, 4\) in float32, and 3 rows of dim=5"),
+    ("half", "vectors", "it gives torch.bfloat16 in float32"),
+    ("unused part", "gradients", "no gradient reaches unused.weight, unused.bias"),
+    ("another start", "parameters", "start is not what the seed says"),
+    ("noise", "portability", "a row of the encoder built from its portable settings and weights is"),
+    ("batch statistics", "independence", "row 0 without the other rows is"),
+    ("no mask", "masks", "a row with other numbers in its padding is"),
+    ("empty mean", "blanks", "its vector of an item whose mask is all False is not finite"),
+])  # fmt: skip
+def test_a_fault_is_caught_by_its_law(fault: str, law: str, words: str) -> None:
+    with pytest.raises(AssertionError, match=f"Linear {{'fault': '{fault}'}} breaks the law of {law}: {words}"):
+        check_encoder({"kind": f"{__name__}:Linear", "fault": fault})
+
+
+def test_a_class_without_a_view_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'torch.nn:Identity' has no example_view\(rows\)"):
+        check_encoder({"kind": "torch.nn:Identity"})

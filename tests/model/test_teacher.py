@@ -18,11 +18,11 @@ from mvpretrain.export.write import export_run
 from mvpretrain.model.queue import Queue
 from mvpretrain.model.task import Task
 from mvpretrain.model.teacher import TeacherConfig
+from mvpretrain.testing.tables import draw, table
 from mvpretrain.training import train
 from mvpretrain.types import Embeddings, Losses
 from tests.engine.small import DIM, ROWS, batch_of, task_of
 from tests.runs import make_run, settings
-from tests.tables import draw, table
 
 TEACHER = TeacherConfig(momentum=0.75, views=("v1", "v2"), queue=8)
 NAMES = ["v0", "v1", "v2", "v1@teacher", "v2@teacher"]

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mvpretrain.testing.tables import table
 from mvpretrain.types import Embeddings
-from tests.tables import table
 
 
 class Outcome(NamedTuple):

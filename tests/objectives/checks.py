@@ -1,19 +1,17 @@
-"""What the objectives' own tests ask of any of them: exact gradients, alone and on real ranks."""
+"""What the objectives' own tests share: building in float64, perfect alignment, numbers that stay finite."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from mvpretrain import objectives
 from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.testing.tables import ROWS, draw, leaves, names, table
 from mvpretrain.types import Embeddings, Losses
-from tests.objectives.towers import outcome, outcome_on, relative_errors
-from tests.tables import ROWS, draw, leaves, names, table
 
 
 def build(config: dict[str, Any], k: int, collectives: Collectives | None = None, dim: int = 8) -> nn.Module:
@@ -48,17 +46,6 @@ def assert_gradient_is_that_of_finite_differences(objective: nn.Module, k: int, 
 
     # fast_mode: along one random direction instead of every axis.
     assert torch.autograd.gradcheck(total, (*leaves(whole).z.values(), *state.values()), fast_mode=True)
-
-
-def assert_ranks_are_one_process(ranks: Any, config: dict[str, Any], k: int, size: int = 2) -> None:
-    """Values and gradients of towers and parameters, float64."""
-    wanted = outcome(config, k, torch.float64)
-    for found in ranks(size).run(outcome_on, config, k, torch.float64, 1, size):
-        assert found.values == pytest.approx(wanted.values, rel=1e-10)
-        assert found.parts[0] == pytest.approx(wanted.parts[0], rel=1e-10)
-        errors = relative_errors(found.gradients, wanted.gradients)
-        assert max(errors.values()) < 1e-10, errors
-        assert all(g.abs().max() > 0 for g in wanted.gradients.values()), config
 
 
 def assert_finite(losses: Losses, whole: Embeddings) -> None:

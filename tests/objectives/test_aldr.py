@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from typing import Any
 
 import pytest
 import torch
@@ -13,11 +12,8 @@ from mvpretrain.distributed import sample_state
 from tests.objectives.averaged import Slow, assert_gradients, batches
 from tests.objectives.checks import (
     assert_gradient_is_that_of_finite_differences,
-    assert_ranks_are_one_process,
     build,
 )
-
-VARIANTS: list[dict[str, Any]] = [{"gradient": "features", "margin": 0.1}]
 
 
 @pytest.mark.parametrize("gradient", ["scalars", "features"])
@@ -56,11 +52,6 @@ def test_values_gradients_and_temperatures_are_those_of_the_loop(k, gradient):
 def test_at_one_temperature_the_gradient_is_that_of_finite_differences():
     objective = build({"kind": "aldr", "alpha": 1e9, "temperature": 0.5}, 3).eval()
     assert_gradient_is_that_of_finite_differences(objective, 3)
-
-
-@pytest.mark.parametrize("gradient", ["scalars", "features"])
-def test_ranks_are_one_process(ranks, gradient):
-    assert_ranks_are_one_process(ranks, {"kind": "aldr", "gradient": gradient}, 3)
 
 
 def test_an_alpha_that_allows_no_temperature_is_refused():

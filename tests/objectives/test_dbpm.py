@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from mvpretrain.distributed import sample_state
-from mvpretrain.distributed.collectives import ProcessGroup
-from mvpretrain.distributed.gather import gather_embeddings
 from mvpretrain.types import Embeddings
 from tests.objectives.averaged import assert_gradients, batches
-from tests.objectives.checks import assert_ranks_are_one_process, build
-from tests.tables import part_of, table
+from tests.objectives.checks import build
 
 TAU = torch.tensor(0.2).log().double().exp().item()  # as a parameter holds it
 INFONCE = {"kind": "infonce", "temperature": {"init": 0.2, "learnable": False}}
-REQUIRED = {"objective": {"kind": "infonce"}, "warmup": 1}
-VARIANTS: list[dict[str, Any]] = [
-    {"objective": {"kind": "dcl"}, "noisy": 0.5, "faulty": 0.5, "published": True},
-    {"objective": {"kind": "one_vs_rest"}, "noisy": 0.3, "faulty": 0.3},
-]
 MINED = {"kind": "dbpm", "objective": INFONCE, "warmup": 2, "noisy": 0.4, "faulty": 0.6}
 
 
@@ -82,28 +73,6 @@ def test_values_gradients_and_histories_are_those_of_the_loop(published):
     for at, name in enumerate(ids.tolist()):
         for w in range(2):
             assert rows[at, w::2].tolist() == pytest.approx(loop.history.get((name, w), (0, 0.0)), rel=1e-10)
-
-
-def test_ranks_are_one_process(ranks):
-    assert_ranks_are_one_process(ranks, MINED | {"objective": {"kind": "infonce"}}, 3)
-
-
-def recorded(rank: int, size: int) -> tuple[list[float], list[list[float]]]:
-    collectives = ProcessGroup() if size > 1 else None
-    objective, values = build(MINED, 3, collectives), []
-    for step in range(6):
-        mine = part_of(table(3, seed=step, dtype=torch.float64), rank, size)
-        losses = objective(*(gather_embeddings(mine, collectives) if collectives else (mine, mine)))
-        values.append(float(collectives.sum(losses.total.detach()) / size if collectives else losses.total))
-    return values, objective.get_buffer("totals").tolist()
-
-
-def test_values_and_totals_after_some_steps_are_those_of_one_process(ranks):
-    values, totals = recorded(0, 1)
-    for found, theirs in ranks(4).run(recorded, 4):
-        assert found == pytest.approx(values, rel=1e-9)
-        for one, other in zip(theirs, totals, strict=True):
-            assert one == pytest.approx(other, rel=1e-9)
 
 
 def test_nothing_is_weighed_before_the_end_of_the_warm_up():

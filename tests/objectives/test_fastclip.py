@@ -11,18 +11,9 @@ import torch
 from mvpretrain.objectives._moving_average import Gamma
 from tests.objectives.averaged import Slow, assert_gradients, batches
 from tests.objectives.checks import (
-    assert_gradient_is_that_of_finite_differences,
-    assert_ranks_are_one_process,
     build,
 )
 
-VARIANTS: list[dict[str, Any]] = [
-    {"variant": "v0"},
-    {"variant": "v1", "gradient": "features"},
-    {"variant": "v2", "in_view": True},
-    {"variant": "v2", "published": True},
-    {"published": True},
-]
 TAU = {"v0": 0.2, "v1": 0.2, "v3": 0.2}
 
 
@@ -102,17 +93,6 @@ def test_published_v2_leaves_the_temperature_out_of_the_encoders_gradient():
         found.append((losses.total.detach(), *torch.autograd.grad(losses.total, list(whole.z.values()))))
     for scale, exact, published in zip((1.0, 0.3, 0.3), *found, strict=True):
         torch.testing.assert_close(published * scale, exact)
-
-
-@pytest.mark.parametrize("variant", ["v0", "v1", "v3"])
-def test_with_gamma_1_the_gradient_is_that_of_finite_differences(variant):
-    settings = {"variant": variant, "gamma": {"value": 1.0}, "temperature": {"init": 0.5}}
-    assert_gradient_is_that_of_finite_differences(build({"kind": "fastclip", **settings}, 3), 3)
-
-
-@pytest.mark.parametrize("settings", [{"gradient": "features"}, {"variant": "v2"}])
-def test_ranks_are_one_process(ranks, settings):
-    assert_ranks_are_one_process(ranks, {"kind": "fastclip", **settings}, 3)
 
 
 def test_gamma_falls_by_half_a_cosine_and_stays():

@@ -8,12 +8,7 @@ from typing import Any
 import pytest
 
 from tests.objectives.averaged import Slow, assert_gradients, batches
-from tests.objectives.checks import assert_ranks_are_one_process, build
-
-VARIANTS: list[dict[str, Any]] = [
-    {"in_view": True, "gradient": "features"},
-    {"published": True, "gamma": {"value": 0.3, "decay_steps": 4}},
-]
+from tests.objectives.checks import build
 
 
 def clipped(x: float, low: float, high: float) -> float:
@@ -49,10 +44,6 @@ def test_values_gradients_and_temperatures_are_those_of_the_loop(k, in_view, pub
     ids, means = objective.temperatures()  # type: ignore[operator]
     one = [kept[int(ids[0]), s][1] for s in range(averages.slots)]
     assert float(means[0]) == pytest.approx(sum(one) / len(one))
-
-
-def test_ranks_are_one_process(ranks):
-    assert_ranks_are_one_process(ranks, {"kind": "isogclr", "in_view": True}, 3)
 
 
 def test_temperatures_stay_within_their_bounds_and_are_told():

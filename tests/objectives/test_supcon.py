@@ -1,4 +1,4 @@
-"""SupCon against loops over its formula, NT-Xent without labels, finite differences, and real ranks."""
+"""SupCon against loops over its formula, and NT-Xent without labels."""
 
 from __future__ import annotations
 
@@ -7,26 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy
 
-from mvpretrain.distributed.collectives import Collectives, ProcessGroup, SingleProcess
-from mvpretrain.distributed.gather import gather_embeddings
 from mvpretrain.similarity.groups import classes
+from mvpretrain.testing.tables import ROWS, leaves, table
 from mvpretrain.types import Embeddings
 from tests.objectives.checks import (
     assert_finite,
-    assert_gradient_is_that_of_finite_differences,
-    assert_ranks_are_one_process,
     build,
     floats,
-    orthonormal,
 )
-from tests.objectives.towers import mean
-from tests.tables import ROWS, draw, ids_and_presence, leaves, names, part_of, table
 
 CONFIG: dict[str, Any] = {"kind": "supcon", "temperature": {"init": 0.2}}
-VARIANTS = [{"temperature": {"init": 0.1, "learnable": False}}]
 # Two samples without a label, one class of a single sample; the rows that share an id share a label (2, 7, 11).
 LABELS = torch.tensor([3, 0, 7, 0, 3, -1, 3, 7, -1, 5, 0, 7])
 
@@ -84,47 +76,6 @@ def test_anchors_without_positives_are_left_out():
     assert floats(build(CONFIG, 2)(nothing, nothing))["total"] == 0
     alone = leaves(nothing.rows(slice(0, 1)))
     assert_finite(build(CONFIG, 2)(alone, alone), alone)
-
-
-@pytest.mark.parametrize("k", [2, 3])
-def test_gradient_is_that_of_finite_differences(k):
-    assert_gradient_is_that_of_finite_differences(build(CONFIG, k), k, LABELS[:8])
-
-
-@pytest.mark.parametrize("k", [2, 4])
-def test_gradient_on_ranks_is_that_of_one_process(ranks, k):
-    assert_ranks_are_one_process(ranks, CONFIG, k)
-
-
-def labelled(rank: int, k: int, size: int) -> tuple[Tensor, Tensor]:
-    """(value, gradient of every tower), the mean over ranks, with labels."""
-    collectives: Collectives = ProcessGroup() if size > 1 else SingleProcess()
-    objective = build(CONFIG, k)
-    objective.collectives = collectives  # type: ignore[assignment]
-    weights = draw(7, k, 5, 8).requires_grad_()
-    ids, present = ids_and_presence(k)
-    inputs = {v: draw(20 + i, ROWS, 5) for i, v in enumerate(names(k))}
-    mine = part_of(Embeddings(inputs, ids, present, LABELS), rank, size)
-    z = {v: normalize(x @ w, dim=1) for (v, x), w in zip(mine.z.items(), weights)}
-    losses = objective(*gather_embeddings(mine._replace(z=z), collectives))
-    losses.total.backward()
-    assert weights.grad is not None
-    return mean(losses.total.detach(), collectives), mean(weights.grad, collectives)
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_labels_of_other_ranks_count(ranks, size):
-    wanted = labelled(0, 3, 1)
-    for found in ranks(size).run(labelled, 3, size):
-        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("k", [2, 5])
-def test_perfect_alignment_and_one_class_are_finite(k):
-    whole = orthonormal(k)
-    assert_finite(build(CONFIG, k)(whole, whole), whole)
-    one = whole._replace(labels=torch.zeros_like(whole.labels))
-    assert_finite(build(CONFIG, k)(one, one), one)
 
 
 def test_a_temperature_per_pair_is_refused():

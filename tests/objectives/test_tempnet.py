@@ -11,14 +11,10 @@ from mvpretrain import objectives
 from tests.objectives.averaged import Slow, assert_gradients, batches
 from tests.objectives.checks import (
     assert_gradient_is_that_of_finite_differences,
-    assert_ranks_are_one_process,
     build,
 )
 
 SMALL = {"kind": "tempnet", "dim": 8, "prototypes": 6, "min": 0.1, "max": 0.9}
-# As sharp as it starts by default, the softmax has a gradient of rounding errors in its sharpness.
-REQUIRED = {"prototypes": 16, "sharpness": 1.0}
-VARIANTS: list[dict[str, Any]] = [{"in_view": True, "gradient": "features", "gamma": {"value": 0.8}}]
 
 
 def predicted(network: Any, z: torch.Tensor) -> torch.Tensor:
@@ -84,10 +80,6 @@ def test_the_gradient_is_that_of_finite_differences():
         network.read_out.weight.data.zero_()
         network.requires_grad_(False)
     assert_gradient_is_that_of_finite_differences(objective, 2)
-
-
-def test_ranks_are_one_process(ranks):
-    assert_ranks_are_one_process(ranks, SMALL | {"in_view": True}, 3)
 
 
 def test_dropout_is_for_training():

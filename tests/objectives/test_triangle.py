@@ -1,4 +1,4 @@
-"""TRIANGLE against Heron's formula in loops, finite differences, and real ranks."""
+"""TRIANGLE against Heron's formula in loops."""
 
 from __future__ import annotations
 
@@ -13,19 +13,15 @@ from torch import nn
 from mvpretrain import objectives
 from mvpretrain.objectives import _tuples
 from mvpretrain.similarity import blockwise
+from mvpretrain.testing.tables import leaves, names, table
 from mvpretrain.types import Embeddings
 from tests.objectives.checks import (
     assert_finite,
-    assert_gradient_is_that_of_finite_differences,
-    assert_ranks_are_one_process,
     build,
     floats,
     orthonormal,
 )
-from tests.tables import leaves, names, table
 
-VIEWS = (3,)
-VARIANTS = [{"anchor": "all", "alpha": 0.5, "label_smoothing": 0.1}]
 CASES: dict[str, dict[str, Any]] = {
     "default": {"temperature": {"init": 0.2}},
     "anchor, alpha": {"anchor": "view2", "alpha": 0.7, "temperature": {"init": 0.2}},
@@ -88,16 +84,6 @@ def test_tiles_change_nothing(monkeypatch, case):
         monkeypatch.setattr(module, name, size)
     found = torch.autograd.grad(objective(whole, whole).total, [*whole.z.values(), *objective.parameters()])
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-14)
-
-
-@case_of
-def test_gradient_is_that_of_finite_differences(case):
-    assert_gradient_is_that_of_finite_differences(triangle(**CASES[case]), 3)
-
-
-@pytest.mark.parametrize("config", [{}, *VARIANTS], ids=str)
-def test_ranks_are_one_process(ranks, config):
-    assert_ranks_are_one_process(ranks, {"kind": "triangle", **config}, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

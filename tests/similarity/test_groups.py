@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mvpretrain.similarity.groups import count_by_key, mean_of_others, sum_by_key
-from tests.tables import ROWS, draw, names, table
+from mvpretrain.testing.tables import ROWS, draw, names, table
 
 KEYS = torch.tensor([7, -3, 2**60, 7, 5, -3, 7])
 

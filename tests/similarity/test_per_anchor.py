@@ -11,8 +11,8 @@ from torch import Tensor
 from mvpretrain.distributed.collectives import ProcessGroup, SingleProcess
 from mvpretrain.distributed.gather import gather_embeddings
 from mvpretrain.similarity.per_anchor import PerAnchorSums, per_anchor
+from mvpretrain.testing.tables import draw, leaves, names, part_of, table
 from mvpretrain.types import Embeddings
-from tests.tables import draw, leaves, names, part_of, table
 
 DIRECTIONS = [("view0", "view2"), ("view2", "view0"), ("view1", "view1")]
 

@@ -8,7 +8,7 @@ import torch
 from mvpretrain.similarity import top_k as module
 from mvpretrain.similarity.blockwise import PairMask
 from mvpretrain.similarity.top_k import top_k
-from tests.tables import draw
+from mvpretrain.testing.tables import draw
 
 
 def problem(b: int, n: int) -> tuple[torch.Tensor, torch.Tensor, PairMask]:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mvpretrain.testing.tables import draw
 from mvpretrain.transport.contraction import Arithmetic, Linear, Logarithmic, Network, Tables, blocks
-from tests.tables import draw
 
 SIZES = [(4, 5), (3, 5, 4), (4, 2, 5, 3), (2, 3, 4, 2, 3), (2, 3, 2, 2, 3, 2)]
 

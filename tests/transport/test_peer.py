@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mvpretrain import objectives
+from mvpretrain.testing.tables import draw, names
 from mvpretrain.transport.sinkhorn import solve
 from mvpretrain.types import Embeddings
-from tests.tables import draw, names
 
 TIGHT = 1e-6  # OTT computes in float32: its error cannot fall much below
 

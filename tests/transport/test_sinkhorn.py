@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from mvpretrain.distributed.collectives import ProcessGroup
+from mvpretrain.testing.tables import draw
 from mvpretrain.transport import sinkhorn
 from mvpretrain.transport.contraction import Linear, Logarithmic
 from mvpretrain.transport.sinkhorn import choose_arithmetic, solve
-from tests.tables import draw
 
 SIZES = [(7, 5), (6, 6, 6), (3, 7, 5), (4, 5, 6, 3), (3, 4, 2, 5, 3), (2, 3, 2, 3, 2, 3)]
 LINEAR, WIDER, LOGS = (Linear, torch.float32), (Linear, torch.float64), (Logarithmic, torch.float64)

@@ -1,4 +1,4 @@
-"""Tables of embeddings for tests: random ones with every complication, and their rows rank by rank."""
+"""Tables of embeddings for checks: random ones with every complication, and their rows rank by rank."""
 
 from __future__ import annotations
 
@@ -38,6 +38,11 @@ def table(k: int, seed: int = 0, dim: int = 8, dtype: torch.dtype = torch.float3
         ids, present = torch.arange(ROWS).flip(0), {v: torch.ones(ROWS, dtype=torch.bool) for v in present}
     z = {v: normalize(draw(100 * seed + i, ROWS, dim), dim=1).to(dtype) for i, v in enumerate(present)}
     return Embeddings(z, ids, present, torch.full((ROWS,), -1))
+
+
+def labels_of(ids: Tensor) -> Tensor:
+    """Two classes, and rows without a label; rows of one id have one label."""
+    return torch.where(ids % 3 > 0, ids % 3, -1)
 
 
 def part_of(whole: Embeddings, rank: int, size: int) -> Embeddings:
