@@ -132,6 +132,7 @@ objective: {kind: dcl}
         ("b.yaml", ["a.yaml -> ", "b.yaml -> ", "c.yaml -> "]),
         ("3", ["a.yaml: extends is a path or a list of paths", "got 3"]),
         ("[list.yaml]", ["list.yaml must hold a mapping"]),
+        (".", ["a.yaml extends the folder", "name a recipe's file"]),
     ],
 )
 def test_what_cannot_be_extended(tmp_path: Path, extends: str, words: list[str]) -> None:
@@ -143,6 +144,9 @@ def test_what_cannot_be_extended(tmp_path: Path, extends: str, words: list[str])
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value), caught.value
     with pytest.raises(ValueError, match="write what a recipe extends in its file"):
         recipe.load(written(tmp_path, base=BASE)[0], ["extends=c.yaml"])
+    written(tmp_path, recipe=f"extends: base.yaml{BASE}")
+    with pytest.raises(ValueError, match=r"recipe\.yaml extends other files, as no run's recipe does"):
+        recipe.load(tmp_path)
 
 
 def test_classes_of_a_user_can_be_read_without_importing_them(base: Path) -> None:
