@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mvpretrain import encoders, recipe
+from mvpretrain import encoders, evaluation, loggers, objectives, recipe, views
 from mvpretrain.registry import externals_as_written
 
 BASE = """
@@ -119,7 +119,7 @@ objective: {kind: dcl}
         "lr": 0.5,
     }
     assert found.views["a"].model_dump(exclude_unset=True) == {"kind": "vector", "field": "a", "dim": 4, "std": 2}
-    assert found.objective == recipe.objectives.registry.parse({"kind": "dcl"})  # not infonce's temperature
+    assert found.objective == objectives.registry.parse({"kind": "dcl"})  # not infonce's temperature
     assert recipe.load(grandchild, ["seed=3"]) == found.model_copy(update={"run": "last"})
     assert recipe.parse(yaml.safe_load(found.dump())) == found
 
@@ -180,14 +180,14 @@ def test_the_schema_knows_every_kind_and_its_references_resolve() -> None:
             resolved(node)
 
     walk(whole)
-    tower = resolved(resolved(whole["properties"]["towers"]["additionalProperties"])["properties"]["encoder"])
-    for registry, found in (
-        (recipe.views.registry, resolved(whole["properties"]["views"]["additionalProperties"])),
-        (encoders.registry, tower),
-        (recipe.objectives.registry, resolved(whole["properties"]["objective"])),
-    ):
-        kinds = [resolved(one)["properties"]["kind"].get("const") for one in found["anyOf"]]
-        assert kinds == [*registry.kinds(), None], "every kind, and a user's class by its path"
+    for module in (views, encoders, objectives, evaluation, loggers):
+        found = whole["$defs"][module.registry.noun]["anyOf"]
+        kinds = [resolved(one)["properties"]["kind"].get("const") for one in found]
+        assert kinds == [*module.registry.kinds(), None], "every kind, and a user's class by its path"
+    view, tower = (whole["properties"][name]["additionalProperties"] for name in ("views", "towers"))
+    assert resolved(view) is whole["$defs"]["view"]
+    assert resolved(resolved(tower)["properties"]["encoder"]) is whole["$defs"]["encoder"]
+    assert resolved(whole["properties"]["objective"]) is whole["$defs"]["objective"]
     assert whole["$defs"]["ViTConfig"]["properties"]["patch"]["default"] == 4
-    assert resolved(whole["$defs"]["Term"]["properties"]["objective"]) == resolved(whole["properties"]["objective"])
+    assert resolved(whole["$defs"]["Term"]["properties"]["objective"]) is whole["$defs"]["objective"]
     assert {"required": ["extends"]} in whole["anyOf"]
