@@ -1,10 +1,17 @@
 # Sourced by the other scripts: enters the repository and its .venv, which is made and filled where that is needed.
 # Usage: source launch/setup.sh base|dev        dev: with the optional dependencies of that name in pyproject.toml
+# VERSIONS=tried (default: those of the last green gate, constraints.txt), newest, or lowest (lowest.txt)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case "${1:-}" in
     base) extra="" ;;
     dev) extra="[dev]" ;;
     *) echo "setup: say base or dev, not '${1:-}'" >&2; exit 1 ;;
+esac
+case "${VERSIONS:-tried}" in
+    tried) constraints=launch/constraints.txt ;;
+    lowest) constraints=launch/lowest.txt ;;
+    newest) constraints=/dev/null ;;
+    *) echo "setup: VERSIONS is tried, newest or lowest, not '$VERSIONS'" >&2; exit 1 ;;
 esac
 
 if [ ! -x .venv/bin/python ]; then
@@ -24,10 +31,13 @@ if [ ! -x .venv/bin/python ]; then
 fi
 source .venv/bin/activate
 
-stamp=".venv/installed-$1-$(sha256sum pyproject.toml | cut -c1-16)"
+stamp=".venv/installed-$1-$(cat pyproject.toml "$constraints" | sha256sum | cut -c1-16)"
 if [ ! -f "$stamp" ]; then
     echo "setup: installing packages (some minutes and 6 GB the first time)"
-    pip install -q -e ".$extra"
+    if ! pip install -q -c "$constraints" -e ".$extra"; then
+        echo "setup: the versions of $constraints cannot be installed here; VERSIONS=newest takes what can" >&2
+        exit 1
+    fi
     # An index may hold a torch for which there is no torchvision yet; they are compiled against each other.
     if ! python -c 'import torch, torchvision; torchvision.ops.nms(torch.rand(1, 4), torch.rand(1), 0.5)'; then
         echo "setup: torch and torchvision do not fit together; install a matching pair into .venv and start again" >&2

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mvpretrain.recipe import load as load_recipe
     from mvpretrain.training.train import train
 
+__version__ = "0.1.0"
 __all__ = ["encoders", "export_run", "load", "load_recipe", "objectives", "train", "views"]
 
 # Imported when asked for: a user of an exported encoder must need neither DeepSpeed nor webdataset.

@@ -1,9 +1,10 @@
-"""Frozen settings, and sentences about keys and names that they do not know."""
+"""Frozen settings, and sentences for those that are wrong."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -49,3 +50,12 @@ def sentences(error: ValidationError) -> str:
         given = "" if e["type"] in ("value_error", "missing") else f", got {e['input']!r}"
         lines.append(f"{where}: {what}{given}")
     return "\n".join(lines)
+
+
+@contextmanager
+def errors_at(key: str) -> Iterator[None]:
+    """A ValueError within the block begins with the key of the recipe that it is about: `towers.a.encoder: ...`."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error

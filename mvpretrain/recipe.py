@@ -31,6 +31,9 @@ from mvpretrain.objectives import ObjectiveConfig
 from mvpretrain.registry import Registry, search_in, trusting
 from mvpretrain.views import ViewConfig
 
+AnyView = Annotated[SerializeAsAny[ViewConfig], views.registry]
+AnyObjective = Annotated[SerializeAsAny[ObjectiveConfig], objectives.registry]
+
 
 class CheckpointConfig(Config):
     """A checkpoint every so many steps (and at the end and on SIGTERM); the last `keep`, and the best by `best`.
@@ -44,13 +47,13 @@ class CheckpointConfig(Config):
 
 
 class Recipe(Config):
-    """Everything that a run is; `resolved` in its folder and in its checkpoints."""
+    """Everything that a run is. With every default filled in, it is kept in the run's folder."""
 
     run: str
     data: Annotated[SerializeAsAny[SourceConfig], sources.registry]
-    views: dict[str, Annotated[SerializeAsAny[ViewConfig], views.registry]]
+    views: dict[str, AnyView]
     towers: dict[str, TowerConfig]
-    objective: Annotated[SerializeAsAny[ObjectiveConfig], objectives.registry]
+    objective: AnyObjective
     teacher: TeacherConfig | None = None
     dim: int = Field(default=128, ge=1)
     batch: int = Field(ge=2)  # global: the batch sequence, and so the run, does not depend on the number of ranks
@@ -162,9 +165,13 @@ def read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
 
     `extends` is a path or a list of paths, relative to the file's own folder; a later one is laid over an earlier one,
     and they may extend further files. `extending` are the files on the way here. Nothing else is opened, and no class
-    is imported. ValueError: a file that is missing or holds no mapping, files that extend each other in a circle.
+    is imported. ValueError: a file that is missing or holds no mapping, files that extend each other in a circle, or a
+    run folder's recipe that extends anything or is extended: those are written whole, and may be anyone's.
     """
-    path = path / "recipe.yaml" if path.is_dir() else path
+    folder = path.is_dir()
+    if folder and extending:
+        raise ValueError(f"{extending[-1]} extends the folder {str(path)!r}; name a recipe's file")
+    path = path / "recipe.yaml" if folder else path
     chain = (*extending, path)
     if path.resolve() in [other.resolve() for other in extending]:
         raise ValueError(f"recipes extend each other in a circle: {' -> '.join(map(str, chain))}; take one extends out")
@@ -180,6 +187,8 @@ def read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a mapping of settings, got {type(value).__name__}")
+    if folder and "extends" in value:
+        raise ValueError(f"{path} extends other files, as no run's recipe does; give the file itself, if you trust it")
     whole: dict[str, Any] = {}
     for base in _bases(path, value.pop("extends", [])):
         whole = laid_over(whole, read(base, chain))
@@ -228,7 +237,10 @@ def _override(value: dict[str, Any], text: str) -> None:
         parsed = yaml.safe_load(given)
     except yaml.YAMLError as error:
         raise ValueError(f"override {text!r}: {given!r} is not a YAML value; quote text with braces in it") from error
-    group[_position(last, group, text) if isinstance(group, list) else last] = parsed
+    if isinstance(group, list):
+        group[_position(last, group, text)] = parsed
+    else:
+        group[last] = parsed
 
 
 def _position(key: str, items: list[Any], text: str) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mvpretrain import encoders, recipe
+from mvpretrain import encoders, evaluation, loggers, objectives, recipe, views
 from mvpretrain.registry import externals_as_written
 
 BASE = """
@@ -119,7 +119,7 @@ objective: {kind: dcl}
         "lr": 0.5,
     }
     assert found.views["a"].model_dump(exclude_unset=True) == {"kind": "vector", "field": "a", "dim": 4, "std": 2}
-    assert found.objective == recipe.objectives.registry.parse({"kind": "dcl"})  # not infonce's temperature
+    assert found.objective == objectives.registry.parse({"kind": "dcl"})  # not infonce's temperature
     assert recipe.load(grandchild, ["seed=3"]) == found.model_copy(update={"run": "last"})
     assert recipe.parse(yaml.safe_load(found.dump())) == found
 
@@ -132,6 +132,7 @@ objective: {kind: dcl}
         ("b.yaml", ["a.yaml -> ", "b.yaml -> ", "c.yaml -> "]),
         ("3", ["a.yaml: extends is a path or a list of paths", "got 3"]),
         ("[list.yaml]", ["list.yaml must hold a mapping"]),
+        (".", ["a.yaml extends the folder", "name a recipe's file"]),
     ],
 )
 def test_what_cannot_be_extended(tmp_path: Path, extends: str, words: list[str]) -> None:
@@ -143,6 +144,9 @@ def test_what_cannot_be_extended(tmp_path: Path, extends: str, words: list[str])
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value), caught.value
     with pytest.raises(ValueError, match="write what a recipe extends in its file"):
         recipe.load(written(tmp_path, base=BASE)[0], ["extends=c.yaml"])
+    written(tmp_path, recipe=f"extends: base.yaml{BASE}")
+    with pytest.raises(ValueError, match=r"recipe\.yaml extends other files, as no run's recipe does"):
+        recipe.load(tmp_path)
 
 
 def test_classes_of_a_user_can_be_read_without_importing_them(base: Path) -> None:
@@ -176,14 +180,14 @@ def test_the_schema_knows_every_kind_and_its_references_resolve() -> None:
             resolved(node)
 
     walk(whole)
-    tower = resolved(resolved(whole["properties"]["towers"]["additionalProperties"])["properties"]["encoder"])
-    for registry, found in (
-        (recipe.views.registry, resolved(whole["properties"]["views"]["additionalProperties"])),
-        (encoders.registry, tower),
-        (recipe.objectives.registry, resolved(whole["properties"]["objective"])),
-    ):
-        kinds = [resolved(one)["properties"]["kind"].get("const") for one in found["anyOf"]]
-        assert kinds == [*registry.kinds(), None], "every kind, and a user's class by its path"
+    for module in (views, encoders, objectives, evaluation, loggers):
+        found = whole["$defs"][module.registry.noun]["anyOf"]
+        kinds = [resolved(one)["properties"]["kind"].get("const") for one in found]
+        assert kinds == [*module.registry.kinds(), None], "every kind, and a user's class by its path"
+    view, tower = (whole["properties"][name]["additionalProperties"] for name in ("views", "towers"))
+    assert resolved(view) is whole["$defs"]["view"]
+    assert resolved(resolved(tower)["properties"]["encoder"]) is whole["$defs"]["encoder"]
+    assert resolved(whole["properties"]["objective"]) is whole["$defs"]["objective"]
     assert whole["$defs"]["ViTConfig"]["properties"]["patch"]["default"] == 4
-    assert resolved(whole["$defs"]["Term"]["properties"]["objective"]) == resolved(whole["properties"]["objective"])
+    assert resolved(whole["$defs"]["Term"]["properties"]["objective"]) is whole["$defs"]["objective"]
     assert {"required": ["extends"]} in whole["anyOf"]

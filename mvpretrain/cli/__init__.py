@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
@@ -12,12 +13,25 @@ from mvpretrain.cli import exports, recipes, runs, shards
 # Exit codes: a user's mistake, a run that cannot go on, a device out of memory. 75 is a run that stopped and saved.
 USER, FAILED, MEMORY = 2, 3, 4
 
-HELP = "Contrastive pretraining of encoders on things seen through k >= 2 views."
-app = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.add_typer(runs.app)
 app.add_typer(exports.app)
 app.add_typer(shards.app, name="shards")
 app.add_typer(recipes.app, name="recipe")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mvpretrain {sys.modules['mvpretrain'].__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", help="print it and stop", callback=_print_version, is_eager=True)]
+
+
+@app.callback()
+def options(version: Version = False) -> None:
+    """Contrastive pretraining of encoders on things seen through k >= 2 views."""
 
 
 def main() -> None:

@@ -34,7 +34,6 @@ def train(
         from mvpretrain.profiling.measure import parse_bytes
         from mvpretrain.training.train import checkpoint_to_resume
 
-        print_text(settings.dump())
         checkpoint_to_resume(settings, resume)
         plan = print_dry_run(settings, console, parse_bytes(memory) if memory else None)
         if file:

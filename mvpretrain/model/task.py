@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from mvpretrain.config import errors_at
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.distributed.gather import gather_embeddings
 from mvpretrain.model.heads import unit
@@ -46,7 +47,8 @@ class Task(nn.Module):
     ):
         super().__init__()
         self.views, self.heads = dict(views), heads
-        self.towers = nn.ModuleDict({name: Tower(config, dim, heads) for name, config in towers.items()})
+        built = {name: Tower(config, dim, heads, f"towers.{name}") for name, config in towers.items()}
+        self.towers = nn.ModuleDict(built)
         self.teacher = Teacher(teacher, views, self.towers, dim, collectives)
         self.objective = objective
         self.collectives = collectives
@@ -82,7 +84,8 @@ class Task(nn.Module):
             together[tower, (view.data.shape, view.mask is None)].append(v)
         out = {}
         for (tower, _), names in together.items():
-            result = modules[tower](View.cat([data[v] for v in names]))
+            with errors_at(f"towers.{tower}"):
+                result = modules[tower](View.cat([data[v] for v in names]))
             out.update(zip(names, result.chunk(len(names))))
         return {v: out[v] for v in views}
 

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mvpretrain import encoders
-from mvpretrain.config import Config
+from mvpretrain.config import Config, errors_at
 from mvpretrain.encoders import EncoderConfig
 from mvpretrain.model.heads import HeadConfig, projection, unit
-from mvpretrain.types import Encoder, HasBlocks, RecomputesActivations, View
+from mvpretrain.types import Encoder, HasBlocks, View
 
 
 class TowerConfig(Config):
@@ -36,24 +36,25 @@ class TowerConfig(Config):
 
 
 class Tower(nn.Module):
-    """An encoder and its head, or several heads side by side: `View -> b dim`, not normalised."""
+    """An encoder and its head, or several heads side by side: `View -> b dim`, not normalised.
 
-    def __init__(self, config: TowerConfig, dim: int, heads: int = 1):
+    ValueError: settings that cannot be built; it begins with `key`, the tower's place in a recipe.
+    """
+
+    def __init__(self, config: TowerConfig, dim: int, heads: int = 1, key: str = "tower"):
         super().__init__()
         self.config, self.heads = config, heads
-        self.encoder = config.encoder.build()
-        self.head = projection(cast(Encoder, self.encoder).dim, dim, config.head, heads)
+        with errors_at(f"{key}.encoder"):
+            self.encoder = config.encoder.build()
+        with errors_at(f"{key}.head"):
+            self.head = projection(cast(Encoder, self.encoder).dim, dim, config.head, heads)
         if config.weights:
-            adopt(self, config.weights)
-        if config.freeze:
-            freeze(self.encoder, config.train_blocks)
-        if config.checkpoint_activations:
-            if not isinstance(self.encoder, RecomputesActivations):
-                raise ValueError(
-                    f"encoder kind {config.encoder.kind!r} has no checkpoint_activations(); set "
-                    "checkpoint_activations=false for its tower"
-                )
-            self.encoder.checkpoint_activations()
+            adopt(self, config.weights, f"{key}.weights")
+        with errors_at(key):
+            if config.freeze:
+                freeze(self.encoder, config.train_blocks)
+            if config.checkpoint_activations:
+                recompute_activations(self.encoder, config.encoder.kind)
 
     def forward(self, view: View) -> Tensor:
         if self.config.length_groups > 1:
@@ -98,14 +99,24 @@ def by_length(encoder: nn.Module, view: View, groups: int) -> Tensor:
     return torch.cat(found)[order.argsort()]
 
 
-def adopt(tower: Tower, path: str) -> None:
+def adopt(tower: Tower, path: str, key: str) -> None:
     """Start from the model.safetensors of an exported view. ValueError: not there, or of another tower."""
-    weights = load_file(encoders.local_file(path, "towers.weights"))
+    weights = load_file(encoders.local_file(path, key))
     try:
         tower.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"towers.weights={path!r} is of another encoder or head: {reason}") from error
+        raise ValueError(f"{key}={path!r} is of another encoder or head: {reason}") from error
+
+
+def recompute_activations(encoder: nn.Module, kind: str) -> None:
+    """Switch on that the encoder's blocks keep no activations. ValueError: it has no such switch."""
+    switch = getattr(encoder, "checkpoint_activations", None)
+    if switch is None:
+        raise ValueError(
+            f"encoder kind {kind!r} has no checkpoint_activations(); set checkpoint_activations=false for its tower"
+        )
+    switch()
 
 
 def freeze(encoder: nn.Module, train_blocks: int) -> None:

@@ -20,11 +20,11 @@ from mvpretrain.types import Batch
 
 
 def print_dry_run(recipe: Recipe, console: Console, memory: int | None = None) -> Plan:
-    """Towers and their parameters, steps, the first decoded batch through the towers, and a rank's memory.
+    """The resolved recipe, towers, steps, the first decoded batch through the towers, and the memory of a rank.
 
     `memory` is what one rank may use, in bytes; by default its GPU, or its share of what this machine has left. Where
-    the predicted peak is more, the switches that make it less are named. ValueError: whatever would stop the run
-    itself before its first step.
+    the predicted peak is more, the switches that make it less are named. ValueError, before anything is printed:
+    whatever would stop the run itself before its first step.
     """
     resolved = resolve(recipe.engine.model_copy(update={"ranks": None}))
     kind, precision, device = resolved.kind, resolved.precision, resolved.device
@@ -34,6 +34,9 @@ def print_dry_run(recipe: Recipe, console: Console, memory: int | None = None) -
     process = measure.resident()
     task = recipe.task(SingleProcess())
     build_optimizer(task, recipe.towers, recipe.optimizer)
+    batch, _, skipped = next(iter(stream.batches(stream.start())))
+    shapes = first_batch(batch, skipped, task)
+    console.print(recipe.dump(), markup=False, highlight=False, soft_wrap=True)
     console.print(towers(recipe, task))
     steps, samples = recipe.total_steps(count_samples(stream.sources)), count_samples(stream.sources)
     held_out = count_samples(recipe.data.build(recipe.views, train=False))
@@ -48,8 +51,7 @@ def print_dry_run(recipe: Recipe, console: Console, memory: int | None = None) -
         console.print(teacher_rows(recipe, task))
     for damage in describe_damages(stream.sources):
         console.print(damage, markup=False, highlight=False, soft_wrap=True)
-    batch, _, skipped = next(iter(stream.batches(stream.start())))
-    console.print(first_batch(batch, skipped, task))
+    console.print(shapes)
     model = memory_plan.study(recipe, task, batch, device, precision, process)
     del task
     config = recipe.engine

@@ -133,8 +133,21 @@ def test_zero_checkpoint_of_another_world_size(program: Program) -> None:
     refused(program, "train", "held", "run=held", "engine.kind=zero2", "--resume", words=words)
 
 
+@pytest.mark.parametrize(("setting", "words"), [
+    ("towers.b.encoder={kind: series, width: 128, channels: 2}", ["towers.b.encoder: width 128 cannot be split"]),
+    ("towers.b.head.layers=0", ["towers.b.head: a head of 0 layers needs dim equal to the encoder's 8"]),
+    ("towers.b.weights=no.safetensors", ["towers.b.weights: 'no.safetensors' is no file"]),
+    ("towers.b={freeze: true, train_blocks: 9, encoder: {kind: mlp, input: 4}}", ["towers.b: train_blocks=9, but MLP"]),
+])  # fmt: skip
+def test_a_tower_that_cannot_be_built_is_named_before_anything_is_printed(
+    program: Program, setting: str, words: list[str]
+) -> None:
+    refused(program, "train", "r.yaml", setting, "--dry-run", words=words)
+    assert not program("train", "r.yaml", setting, "--dry-run").out
+
+
 def test_view_that_does_not_fit_its_encoder(program: Program) -> None:
-    words = ["shape (5), got (4,)", "set its input"]
+    words = ["towers.a: mlp encoder takes items of shape (5), got (4,)", "set its input"]
     refused(program, "train", "r.yaml", "towers.a.encoder.input=5", "--dry-run", words=words)
     ended = program("train", "r.yaml", "towers.a.encoder.input=5")
     assert ended.code == 2 and all(word in ended.err for word in words)

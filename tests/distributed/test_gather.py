@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mvpretrain.distributed.gather import BatchMean
 from mvpretrain.types import Embeddings
-from tests.tables import draw, table
+from mvpretrain.testing.tables import draw, table
 
 VALID = torch.arange(12) % 5 != 3
 
