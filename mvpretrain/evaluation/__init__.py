@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -52,6 +52,8 @@ class EvaluatorConfig(Kind):
 
 class ExternalEvaluator(EvaluatorConfig, External):
     """A user's own class whose objects are called with `Evaluated`, by import path."""
+
+    context: ClassVar[tuple[str, ...]] = ("task", "collectives")
 
     def build(self, task: Task, collectives: Collectives) -> Evaluator:
         evaluator = build_external(self, task=task, collectives=collectives)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,7 +16,7 @@ from mvpretrain.model.health import health
 from mvpretrain.model.phase_timer import PhaseTimer
 from mvpretrain.model.teacher import Teacher, TeacherConfig
 from mvpretrain.model.tower import Tower, TowerConfig
-from mvpretrain.types import Batch, Embeddings, Losses, Objective, View
+from mvpretrain.types import Batch, ChoosesGather, Embeddings, Losses, Objective, View
 
 
 class EmbeddingGradients(NamedTuple):
@@ -97,7 +97,8 @@ class Task(nn.Module):
         queue = self.teacher.queue
         with torch.autocast(local.ids.device.type, enabled=False):
             with self.phase_timer("gather"):
-                mine, gathered = gather_embeddings(local, self.collectives, getattr(self.objective, "gathers", None))
+                gathers = self.objective.gathers if isinstance(self.objective, ChoosesGather) else None
+                mine, gathered = gather_embeddings(local, self.collectives, gathers)
             with self.phase_timer("objective"):
                 losses = self.objective(*(queue.append_queue(mine, gathered) if queue else (mine, gathered)))
             if queue and self.training:
@@ -112,6 +113,14 @@ class Task(nn.Module):
         total = sum((x * gradient).sum() for x, gradient in pairs)
         assert isinstance(total, Tensor)
         return total
+
+    def encoding_modules(self) -> list[nn.Module]:
+        """The towers, the teacher's too: what engines compile, and whose statistics are rank 0's in evaluation."""
+        return [*self.towers.values(), *self.teacher.towers.values()]
+
+    def update_ema(self, part: Callable[[nn.Parameter], Tensor] = lambda p: p) -> list[nn.Parameter]:
+        """Let the teacher take a step towards the towers; returns its parameters. See `Teacher.update_ema`."""
+        return self.teacher.update_ema(self.towers, part)
 
     def objective_parameters(self) -> list[nn.Parameter]:
         """Those that the objective itself trains."""

@@ -98,11 +98,19 @@ class Teacher(nn.Module):
         return self.add_views(table, {name: table.z[v] for name, v in self.originals.items() if v in table.z})
 
     @torch.no_grad()
-    def update_ema(self, towers: nn.ModuleDict, part: Callable[[nn.Parameter], Tensor] = lambda p: p) -> None:
-        """teacher = momentum teacher + (1 - momentum) student; `part` is what this rank holds of a parameter."""
+    def update_ema(
+        self, towers: nn.ModuleDict, part: Callable[[nn.Parameter], Tensor] = lambda p: p
+    ) -> list[nn.Parameter]:
+        """teacher = momentum teacher + (1 - momentum) student; returns the teacher's parameters.
+
+        `part` is what this rank holds of a parameter.
+        """
+        moved = []
         for name, tower in self.towers.items():
             for own, student in zip(tower.parameters(), towers[name].parameters(), strict=True):
                 part(own).lerp_(part(student), 1 - self.momentum)  # where both are equal, not a bit changes
+                moved.append(own)
+        return moved
 
     def restart(self, towers: nn.ModuleDict) -> None:
         """Begin where the students are."""

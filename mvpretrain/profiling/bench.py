@@ -73,14 +73,14 @@ def bench(recipe: Recipe, steps: int, warmup: int, profile: Path | None = None) 
     batches = (batch for batch, _, _ in stream.batches(stream.start()))
     for _ in range(warmup):
         engine.step(next(batches))
-    engine.task.phase_timer.figures()
+    engine.phase_timer.figures()
     seconds, stepped = zip(*(timed(engine, batches) for _ in range(steps)))
     if not any(stepped):
         raise FloatingPointError(
             f"no loss or gradient of {steps} steps was finite, so that nothing was timed; lower optimizer.lr="
             f"{recipe.optimizer.lr}"
         )
-    phases, peak = engine.task.phase_timer.figures(), measure.peak(world.device)
+    phases, peak = engine.phase_timer.figures(), measure.peak(world.device)
     if profile:
         trace(engine, batches, profile)
     last = next(batches)
@@ -92,7 +92,7 @@ def bench(recipe: Recipe, steps: int, warmup: int, profile: Path | None = None) 
 def timed(engine: Engine, batches: Iterator[Batch]) -> tuple[float, bool]:
     """(seconds of one step with its wait for data, whether anything was changed by it)."""
     begin = time.perf_counter()
-    with engine.task.phase_timer("data"):
+    with engine.phase_timer("data"):
         batch = next(batches)
     stepped = engine.step(batch).stepped
     if engine.world.device.type == "cuda":

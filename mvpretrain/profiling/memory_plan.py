@@ -8,16 +8,15 @@ with measured runs by tools/bench/memory_plan.py.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import defaultdict
 from collections.abc import Callable
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from mvpretrain.distributed.collectives import SingleProcess
-from mvpretrain.engine.optimizer import build_optimizer
+from mvpretrain.engine.optimizer import build_optimizer, same_kind
 from mvpretrain.model.task import Task
 from mvpretrain.profiling.measure import Live, Passes, byte_count, passes
 from mvpretrain.recipe import Recipe
@@ -78,14 +77,12 @@ class Optimizer(NamedTuple):
 
 
 def optimizer(chosen: torch.optim.Optimizer, parts: int | None, on: str) -> Optimizer:
-    """What the optimiser holds on one rank, by steps of a twin whose tensors have no memory.
+    """What the optimiser holds on one rank, by steps of one of its kind whose tensors have no memory.
 
-    `parts`: among how many ranks ZeRO shares it out, None without ZeRO. Where torch cannot step without memory (an
+    `parts`: among how many ranks ZeRO divides it, None without ZeRO. Where torch cannot step without memory (an
     optimiser that reads its numbers), two numbers a weight, as Adam has, are assumed.
     """
-    twin = object.__new__(type(chosen))  # whatever arguments its constructor needs
-    twin.__dict__.update(chosen.__dict__)
-    twin.state, twin.param_groups = defaultdict(dict), []
+    groups: list[dict[str, Any]] = []
     for group in chosen.param_groups:
         shapes = [p.shape for p in group["params"]]
         if parts:  # DeepSpeed hands over one flat piece a group
@@ -94,14 +91,15 @@ def optimizer(chosen: torch.optim.Optimizer, parts: int | None, on: str) -> Opti
         for member in members:
             member.grad = torch.empty_like(member)
         fast = {"foreach": True} if "foreach" in group and on == "cuda" else {}
-        twin.param_groups.append({**group, **fast, "fused": None, "params": members})
+        groups.append({**group, **fast, **({"fused": None} if "fused" in group else {}), "params": members})
     try:
+        trial = same_kind(chosen, groups)
         with Live(torch.device("meta"), nn.Module()) as first:
-            twin.step()
+            trial.step()
         with Live(torch.device("meta"), nn.Module()) as later:
-            twin.step()
-    except (RuntimeError, NotImplementedError):
-        whole = sum(p.numel() * 4 for group in twin.param_groups for p in group["params"])
+            trial.step()
+    except (RuntimeError, NotImplementedError, ValueError):
+        whole = sum(p.numel() * 4 for group in groups for p in group["params"])
         return Optimizer(2 * whole, whole)
     fused = any(group.get("fused") for group in chosen.param_groups)
     return Optimizer(first.live, 0 if fused else max(later.curve).live)
