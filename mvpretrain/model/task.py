@@ -16,7 +16,7 @@ from mvpretrain.model.health import health
 from mvpretrain.model.phase_timer import PhaseTimer
 from mvpretrain.model.teacher import Teacher, TeacherConfig
 from mvpretrain.model.tower import Tower, TowerConfig
-from mvpretrain.types import Batch, ChoosesGather, Embeddings, Losses, Objective, View
+from mvpretrain.types import Batch, Embeddings, Losses, Objective, View
 
 
 class EmbeddingGradients(NamedTuple):
@@ -97,8 +97,7 @@ class Task(nn.Module):
         queue = self.teacher.queue
         with torch.autocast(local.ids.device.type, enabled=False):
             with self.phase_timer("gather"):
-                gathers = self.objective.gathers if isinstance(self.objective, ChoosesGather) else None
-                mine, gathered = gather_embeddings(local, self.collectives, gathers)
+                mine, gathered = gather_embeddings(local, self.collectives, getattr(self.objective, "gathers", None))
             with self.phase_timer("objective"):
                 losses = self.objective(*(queue.append_queue(mine, gathered) if queue else (mine, gathered)))
             if queue and self.training:

@@ -81,6 +81,7 @@ def run_loop(
     seed_generators(settings.seed + 1 + world.rank)
     state = restored(resume_from, engine) if resume_from else TrainState(0, stream.start(), {}, {})
     if world.rank == 0:
+        settings.run.mkdir(parents=True, exist_ok=True)
         write_text(settings.run / "recipe.yaml", settings.recipe)
     info = RunInfo(settings.run, yaml.safe_load(settings.recipe), settings.steps, state.step)
     log = MetricsLogger(settings.log, info, active=world.rank == 0)
