@@ -149,6 +149,15 @@ class Encoder(Protocol):
 
 
 @runtime_checkable
+class CheckpointsActivations(Protocol):
+    """Optional, of an encoder: it can compute its activations again in the backward instead of keeping them."""
+
+    def checkpoint_activations(self) -> None:
+        """From now on, do so."""
+        ...
+
+
+@runtime_checkable
 class Objective(Protocol):
     """This rank's rows against the rows of every rank.
 

@@ -18,7 +18,7 @@ from mvpretrain.types import Batch
 
 
 class Accelerated:
-    """One process, or DDP, by Accelerate."""
+    """A module in one process, or under DDP. ValueError: Accelerate sees another number of processes."""
 
     def __init__(self, world: World, task: nn.Module, optimizer: torch.optim.Optimizer, config: EngineConfig):
         from accelerate import Accelerator

@@ -30,7 +30,11 @@ class ReducesOnce(Protocol):
 
 
 class Zero:
-    """DeepSpeed, ZeRO stages 0 to 3, with the client's optimiser."""
+    """A module under DeepSpeed, ZeRO stages 0 to 3, with an optimiser that is given.
+
+    ValueError: a parameter without a dimension, an optimiser that ZeRO's flat pieces would change, a DeepSpeed that
+    lacks what micro-batches need.
+    """
 
     def __init__(
         self, world: World, task: nn.Module, optimizer: torch.optim.Optimizer, config: EngineConfig, batch: int
@@ -83,7 +87,7 @@ class Zero:
     def optimizer_step(self) -> tuple[float | None, bool]:
         own = None
         if self.stage == 0 and self.world.precision != "fp16":
-            # Without partitions, DeepSpeed neither looks at the gradient nor tells its norm.
+            # Without partitions, DeepSpeed neither checks the gradient nor computes its norm.
             own = float(get_total_norm([p.grad for p in self.task.parameters() if p.grad is not None]))
             if not math.isfinite(own):
                 self.model.zero_grad()
@@ -109,7 +113,7 @@ class Zero:
             return
         # Equal shapes are cut alike, so that each rank's pieces of the two belong together and nothing is sent.
         moved = self.task.update_ema(lambda p: cast(Any, p).ds_tensor)
-        # Small weights are also held whole, and their wholes are of before.
+        # Small weights are also held whole, and those copies are from before the step.
         whole: list[Any] = [p for p in moved if cast(Any, p).ds_status == ZeroParamStatus.AVAILABLE]
         if whole:
             whole[0].partition(whole)

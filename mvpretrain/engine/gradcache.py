@@ -24,12 +24,15 @@ from mvpretrain.types import Batch, Embeddings, Losses, map_tensors
 
 
 def step(engine: Engine, batch: Batch, values: Sequence[float]) -> Step:
-    """Losses, agreement, gradients, optimiser: the order of things in every engine."""
+    """One step of any engine: losses, status of all ranks, gradients, optimiser, EMA.
+
+    Where the loss or the gradient is not finite on some rank, nothing is changed on any.
+    """
     task, world, phase_timer = engine.task, engine.world, engine.phase_timer
     engine.model.train()
     before = snapshot_buffers(task)
     pieces = split(engine, batch)
-    losses, backward = whole(engine, batch) if pieces is None else in_two_passes(engine, batch, pieces)
+    losses, backward = in_one_pass(engine, batch) if pieces is None else in_two_passes(engine, batch, pieces)
     loss, good, sums = reduce_status(world, losses.total, values)
     norm = None
     if good:
@@ -45,7 +48,7 @@ def step(engine: Engine, batch: Batch, values: Sequence[float]) -> Step:
     return Step(loss, losses.parts, norm, good, sums)
 
 
-def whole(engine: Engine, batch: Batch) -> tuple[Losses, Callable[[], None]]:
+def in_one_pass(engine: Engine, batch: Batch) -> tuple[Losses, Callable[[], None]]:
     """(the losses, how to go back from them) of all rows at once."""
     losses: Losses = engine.model(batch.to(engine.world.device))
 
@@ -124,19 +127,19 @@ def second_pass(engine: Engine, pieces: Pieces, first: FirstPass, leaves: dict[s
     """The gradient of the loss in all parameters, reduced over ranks once."""
     task, device = engine.task, engine.world.device
     with engine.phase_timer("backward"):
-        asked = gradients(task, leaves, loss)
+        wanted = gradients(task, leaves, loss)
     after = generators_of(device)
     begin = 0
     for i in engine.reducing_once(len(pieces.batches)):
         piece, end = pieces.batches[i], begin + len(pieces.batches[i].ids)
         if i < pieces.own:
-            z = {v: g[begin:end] for v, g in asked.z.items()}
+            z = {v: g[begin:end] for v, g in wanted.z.items()}
         else:
-            z = {v: g.new_zeros(len(piece.ids), g.shape[1]) for v, g in asked.z.items()}
+            z = {v: g.new_zeros(len(piece.ids), g.shape[1]) for v, g in wanted.z.items()}
         # The objective's parameters take part once, in the last piece: DDP reduces there, and wants all of them in it.
         last = i + 1 == len(pieces.batches)
         set_generators(device, first.generators[i])
-        surrogate: Tensor = engine.model(piece.to(device), EmbeddingGradients(z, asked.parameters if last else []))
+        surrogate: Tensor = engine.model(piece.to(device), EmbeddingGradients(z, wanted.parameters if last else []))
         if surrogate.requires_grad:  # not so where all towers are frozen whole
             with engine.phase_timer("backward"):
                 engine.backward(surrogate)

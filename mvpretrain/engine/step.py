@@ -23,7 +23,7 @@ class Step(NamedTuple):
 
     loss: float
     parts: dict[str, Tensor]
-    norm: float | None  # gradient norm before clipping; None where the engine does not tell
+    norm: float | None  # gradient norm before clipping; None where the engine has none
     stepped: bool  # False: the loss or the gradient was not finite, and nothing was changed
     sums: list[float]
 
@@ -46,7 +46,7 @@ class HasTowers(Protocol):
 
 @runtime_checkable
 class HasTeacher(Protocol):
-    """Optional, of a module: some parameters follow others after every step."""
+    """Optional, of a module: some parameters are moving averages of others."""
 
     def update_ema(self, part: Callable[[nn.Parameter], Tensor] = ...) -> list[nn.Parameter]:
         """Move them, and return them; `part` is what this rank holds of a parameter, the whole where not given."""
@@ -124,9 +124,9 @@ def snapshot_buffers(module: nn.Module) -> list[Tensor]:
     return [buffer.clone() for buffer in module.buffers()]
 
 
-def restore_buffers(module: nn.Module, kept: Sequence[Tensor]) -> None:
+def restore_buffers(module: nn.Module, snapshot: Sequence[Tensor]) -> None:
     """Undo what a forward pass did to the buffers."""
-    for buffer, value in zip(module.buffers(), kept, strict=True):
+    for buffer, value in zip(module.buffers(), snapshot, strict=True):
         buffer.copy_(value)
 
 

@@ -20,7 +20,7 @@ from mvpretrain.types import Batch, Embeddings, Losses, Objective, View
 
 
 class EmbeddingGradients(NamedTuple):
-    """What the objective asks of some rows: the gradient of its loss in their z, and in its own parameters."""
+    """The gradient of the objective's loss in some rows' z, and in its own parameters."""
 
     z: dict[str, Tensor]  # b d
     parameters: list[Tensor]  # in the order of `Task.objective_parameters`, or empty
@@ -97,11 +97,11 @@ class Task(nn.Module):
         queue = self.teacher.queue
         with torch.autocast(local.ids.device.type, enabled=False):
             with self.phase_timer("gather"):
-                mine, gathered = gather_embeddings(local, self.collectives, getattr(self.objective, "gathers", None))
+                padded, gathered = gather_embeddings(local, self.collectives, getattr(self.objective, "gathers", None))
             with self.phase_timer("objective"):
-                losses = self.objective(*(queue.append_queue(mine, gathered) if queue else (mine, gathered)))
+                losses = self.objective(*(queue.append_queue(padded, gathered) if queue else (padded, gathered)))
             if queue and self.training:
-                queue.push(mine, gathered)
+                queue.push(padded, gathered)
             students = local._replace(z={v: local.z[v] for v in self.views})
             return Losses(losses.total, {**losses.parts, **health(students)})
 

@@ -13,7 +13,7 @@ from mvpretrain import encoders
 from mvpretrain.config import Config
 from mvpretrain.encoders import EncoderConfig
 from mvpretrain.model.heads import HeadConfig, projection, unit
-from mvpretrain.types import Encoder, View
+from mvpretrain.types import CheckpointsActivations, Encoder, View
 
 
 class TowerConfig(Config):
@@ -44,17 +44,16 @@ class Tower(nn.Module):
         self.encoder = config.encoder.build()
         self.head = projection(cast(Encoder, self.encoder).dim, dim, config.head, heads)
         if config.weights:
-            adopt(self, config.weights)
+            load_weights(self, config.weights)
         if config.freeze:
             freeze(self.encoder, config.train_blocks)
         if config.checkpoint_activations:
-            switch = getattr(self.encoder, "checkpoint_activations", None)
-            if switch is None:
+            if not isinstance(self.encoder, CheckpointsActivations):
                 raise ValueError(
                     f"encoder kind {config.encoder.kind!r} has no checkpoint_activations(); set "
                     "checkpoint_activations=false for its tower"
                 )
-            switch()
+            self.encoder.checkpoint_activations()
 
     def forward(self, view: View) -> Tensor:
         if self.config.length_groups > 1:
@@ -99,7 +98,7 @@ def by_length(encoder: nn.Module, view: View, groups: int) -> Tensor:
     return torch.cat(found)[order.argsort()]
 
 
-def adopt(tower: Tower, path: str) -> None:
+def load_weights(tower: Tower, path: str) -> None:
     """Start from the model.safetensors of an exported view. ValueError: not there, or of another tower."""
     weights = load_file(encoders.local_file(path, "towers.weights"))
     try:
@@ -113,6 +112,7 @@ def freeze(encoder: nn.Module, train_blocks: int) -> None:
     """Stop an encoder's training but for its last blocks. ValueError: more blocks asked for than it has."""
     encoder.requires_grad_(False)
     if train_blocks:
+        # By name, not by a protocol: isinstance finds no submodules from Python 3.12 on.
         blocks = list(getattr(encoder, "blocks", None) or ())
         if len(blocks) < train_blocks:
             raise ValueError(

@@ -17,7 +17,7 @@ from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d
 from mvpretrain.data.build import Split, open_sources
 from mvpretrain.data.loader import Stream
 from mvpretrain.distributed.collectives import SingleProcess
-from mvpretrain.evaluation._collect import Table, joined, kept
+from mvpretrain.evaluation._collect import Table, without_padding
 from mvpretrain.evaluation._probes import knn, linear
 from mvpretrain.evaluation.retrieval import retrieval
 from mvpretrain.export.encoder import Exported, exported_views, load
@@ -99,8 +99,8 @@ def read(recipe: Recipe, split: Split, exports: Mapping[str, Exported], seed: in
             output = known.features(view)
             z[name] = known.tower.embed_features(output)
             features |= {f"{name}/{kind}": x for kind, x in zip(KINDS, (output, fresh[name](view), raw(view)))}
-        parts.append(kept(Embeddings(z, here.ids, here.present, here.labels), features))
-    return joined(parts)
+        parts.append(without_padding(Embeddings(z, here.ids, here.present, here.labels), features))
+    return Table.cat(parts)
 
 
 def untrained(exported: Exported, seed: int) -> nn.Module:
