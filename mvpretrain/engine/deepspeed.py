@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -20,13 +20,6 @@ from mvpretrain.engine.settings import EngineConfig
 from mvpretrain.engine.step import HasTeacher, Step, timer_of
 from mvpretrain.model.task import Task
 from mvpretrain.types import Batch
-
-
-@runtime_checkable
-class ReducesOnce(Protocol):
-    """A version of DeepSpeed's engine that can reduce gradients once after several backward passes."""
-
-    def coalesce_grad_reduction(self) -> contextlib.AbstractContextManager[Any]: ...
 
 
 class Zero:
@@ -122,7 +115,7 @@ class Zero:
     def _prepare_for_passes(self) -> None:
         import deepspeed
 
-        if not isinstance(self.model, ReducesOnce):
+        if not hasattr(self.model, "coalesce_grad_reduction"):  # older versions lack it
             raise ValueError(
                 f"engine.micro_batch={self.config.micro_batch} needs a DeepSpeed that can reduce once after several "
                 f"backward passes, {deepspeed.__version__} cannot; install 0.19.8 or set engine.kind=ddp"
