@@ -160,9 +160,8 @@ def _generators() -> dict[str, Any]:
 
 def _set_generators(path: Path) -> None:
     """Put the states of `_generators` back. ValueError: the file holds anything else, of which nothing is run."""
-    numbers = np.random.get_state()[1]
-    assert isinstance(numbers, np.ndarray)
-    # numpy's state is an array, which torch does not unpickle unless these are named.
+    numbers = np.zeros(1, np.uint32)
+    # numpy's state holds such an array, which torch does not unpickle unless these are named.
     names = [np.ndarray, np.dtype, type(numbers.dtype), numbers.__reduce__()[0]]
     try:
         with torch.serialization.safe_globals(names):
