@@ -7,7 +7,7 @@ from torch import nn
 
 from mvpretrain.engine.launch import Resolved, World, resolve, shutdown, start
 from mvpretrain.engine.settings import EngineConfig
-from mvpretrain.engine.step import Engine, HasTowers, Step, encoding, reduce_status
+from mvpretrain.engine.step import Engine, Step, encoding, encoding_modules, reduce_status
 from mvpretrain.model.task import Task
 
 __all__ = ["Engine", "Resolved", "Step", "World", "encoding", "reduce_status", "resolve", "shutdown", "start", "wrap"]
@@ -50,5 +50,5 @@ def prepare(task: nn.Module, config: EngineConfig, kind: str) -> None:
     if config.compile:
         if kind == "zero3":
             raise ValueError("engine.compile with engine.kind=zero3: weights are not there when it traces; use zero2")
-        for module in task.encoding_modules() if isinstance(task, HasTowers) else [task]:
+        for module in encoding_modules(task):
             module.compile()

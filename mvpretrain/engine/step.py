@@ -135,6 +135,11 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
+def encoding_modules(module: nn.Module) -> list[nn.Module]:
+    """The parts of a module that encode: see `HasTowers`."""
+    return module.encoding_modules() if isinstance(module, HasTowers) else [module]
+
+
 @contextlib.contextmanager
 def encoding(engine: Engine) -> Iterator[Any]:
     """The module for evaluation: no gradients, no dropout, the run's precision. Every rank must make the same calls.
@@ -143,8 +148,7 @@ def encoding(engine: Engine) -> Iterator[Any]:
     """
     world, task = engine.world, engine.task
     task.eval()
-    modules = task.encoding_modules() if isinstance(task, HasTowers) else [task]
-    for buffer in (buffer for module in modules for buffer in module.buffers()):
+    for buffer in (buffer for module in encoding_modules(task) for buffer in module.buffers()):
         if buffer.dtype != torch.bool:
             buffer.copy_(world.collectives.sum(buffer if world.rank == 0 else torch.zeros_like(buffer)))
     with torch.no_grad(), autocast(world.device, world.precision):
