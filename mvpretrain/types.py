@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import default_collate
 
@@ -187,16 +187,6 @@ class RecomputesActivations(Protocol):
 
         Names in the state dict stay as they are. ValueError: this very model cannot.
         """
-        ...
-
-
-@runtime_checkable
-class HasBlocks(Protocol):
-    """An encoder of repeated parts, of which a frozen tower can train the last `train_blocks`. Optional."""
-
-    @property
-    def blocks(self) -> Sequence[nn.Module] | nn.ModuleList | None:
-        """The repeated parts, input side first; None where they are not known."""
         ...
 
 

@@ -96,7 +96,7 @@ def wrong_calls() -> dict[str, Callable[[], object]]:
         "mvpretrain.transport": lambda: solve([flat, flat, flat], 0.1, [flat, flat, flat]),
         "mvpretrain.model": lambda: spread(flat),
         "mvpretrain.objectives": lambda: Temperature().bounded(table),
-        "mvpretrain.distributed.collectives": lambda: collectives.Collectives.gather(single, flat[0]),
+        "mvpretrain.distributed.collectives": lambda: collectives.Collectives.gather(single, flat[0]),  # type: ignore
         "mvpretrain.distributed.gather": lambda: gather.own_rows(flat, single),  # type: ignore[arg-type]
         "mvpretrain.distributed.sample_state": lambda: sample_state.SampleState(1, single).read(keys, flat),
         "mvpretrain.distributed.id_table": lambda: id_table.splitmix64(flat),

@@ -42,7 +42,8 @@ def train(
     if memory or file:
         raise ValueError("--memory and --json are about --dry-run; add that, or leave them out")
     from mvpretrain.engine import shutdown
-    from mvpretrain.training.train import PREEMPTED, Preempted, train
+    from mvpretrain.training.loop import PREEMPTED, Preempted
+    from mvpretrain.training.train import train
 
     try:
         run = train(settings, resume, trust)

@@ -16,8 +16,9 @@ from mvpretrain.types import View
 class EncoderConfig(Kind):
     """Settings of an encoder.
 
-    `build` gives a module with `forward(view) -> b dim` and an attribute `dim`. A module may also have the hooks
-    `RecomputesActivations` and `HasBlocks` of `mvpretrain.types`.
+    `build` gives a module with `forward(view) -> b dim` and an attribute `dim`. A module may also have the hook
+    `RecomputesActivations` of `mvpretrain.types`, and `blocks`, its repeated parts, input side first, of which a frozen
+    tower can train the last `train_blocks`.
     """
 
     @classmethod

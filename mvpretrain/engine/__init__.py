@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from mvpretrain.engine.launch import Resolved, World, resolve, shutdown, start
 from mvpretrain.engine.settings import EngineConfig
-from mvpretrain.engine.step import Engine, Step, encoding, reduce_status
+from mvpretrain.engine.step import Engine, Step, encoding, encoding_modules, reduce_status
 from mvpretrain.model.task import Task
 
 __all__ = ["Engine", "Resolved", "Step", "World", "encoding", "reduce_status", "resolve", "shutdown", "start", "wrap"]
 
 
-def wrap(world: World, task: Task, optimizer: torch.optim.Optimizer, config: EngineConfig, batch: int) -> Engine:
-    """The task under the engine that the recipe asks for; `batch` is the global one.
+def wrap(world: World, task: nn.Module, optimizer: torch.optim.Optimizer, config: EngineConfig, batch: int) -> Engine:
+    """A module, `forward(batch) -> Losses`, under the engine that the settings ask for; `batch` is the global one.
 
-    ValueError: a batch that does not divide over the ranks, a parameter that the engine cannot hold.
+    What else a module may have: Timed, HasTowers and HasTeacher in engine/step.py. Micro-batches need a Task.
+
+    ValueError: a batch that does not divide over the ranks, a parameter that the engine cannot hold, micro-batches of
+    another module.
     """
     if batch % world.size or batch < world.size:
         raise ValueError(f"batch={batch} does not divide over {world.size} ranks; make it a multiple of {world.size}")
+    if config.micro_batch and not isinstance(task, Task):
+        raise ValueError(
+            f"engine.micro_batch={config.micro_batch} works on a contrastive Task in two passes, not on a "
+            f"{type(task).__name__}; set engine.micro_batch=null"
+        )
     prepare(task, config, world.kind)
     # Imported here, since each brings a library that takes seconds to load.
     if world.kind.startswith("zero"):
@@ -30,8 +39,8 @@ def wrap(world: World, task: Task, optimizer: torch.optim.Optimizer, config: Eng
     return Accelerated(world, task, optimizer, config)
 
 
-def prepare(task: Task, config: EngineConfig, kind: str) -> None:
-    """Compile the towers and lay out their weights, where the recipe asks for it. ValueError: the engine cannot."""
+def prepare(task: nn.Module, config: EngineConfig, kind: str) -> None:
+    """Lay out the weights and compile what encodes, where the settings ask for it. ValueError: the engine cannot."""
     if config.channels_last:
         if kind.startswith("zero"):
             raise ValueError(
@@ -41,5 +50,5 @@ def prepare(task: Task, config: EngineConfig, kind: str) -> None:
     if config.compile:
         if kind == "zero3":
             raise ValueError("engine.compile with engine.kind=zero3: weights are not there when it traces; use zero2")
-        for tower in (*task.towers.values(), *task.teacher.towers.values()):
-            tower.compile()
+        for module in encoding_modules(task):
+            module.compile()

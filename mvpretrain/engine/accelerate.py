@@ -8,29 +8,28 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mvpretrain.engine import gradcache
 from mvpretrain.engine.launch import World
 from mvpretrain.engine.settings import EngineConfig
-from mvpretrain.engine.step import Step
-from mvpretrain.model.task import Task
+from mvpretrain.engine.step import HasTeacher, Step, timer_of
 from mvpretrain.types import Batch
 
 
 class Accelerated:
-    """One process, or DDP, by Accelerate."""
+    """A module in one process, or under DDP. ValueError: Accelerate sees another number of processes."""
 
-    def __init__(self, world: World, task: Task, optimizer: torch.optim.Optimizer, config: EngineConfig):
+    def __init__(self, world: World, task: nn.Module, optimizer: torch.optim.Optimizer, config: EngineConfig):
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
         from accelerate.utils import InitProcessGroupKwargs
 
-        # On CPUs, Accelerate believes itself alone unless it is told the backend.
+        # On CPUs, Accelerate takes one process for all there is unless it is given the backend.
         group = InitProcessGroupKwargs(backend="nccl" if world.device.type == "cuda" else "gloo")
         AcceleratorState._reset_state(reset_partial_state=True)  # it is a singleton: a second run must not inherit it
         self.world, self.task, self.config = world, task, config
-        task.phase_timer.device = world.device
+        self.phase_timer = timer_of(task, world.device)
         self.accelerator = Accelerator(
             cpu=world.device.type == "cpu",
             mixed_precision={"fp32": "no"}.get(world.precision, world.precision),
@@ -71,7 +70,8 @@ class Accelerated:
         return float(norm), stepped
 
     def update_ema(self) -> None:
-        self.task.teacher.update_ema(self.task.towers)
+        if isinstance(self.task, HasTeacher):
+            self.task.update_ema()
 
     def save(self, folder: Path) -> None:
         if self.world.rank == 0:

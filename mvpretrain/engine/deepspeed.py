@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from mvpretrain.engine import gradcache
 from mvpretrain.engine.launch import World
+from mvpretrain.engine.optimizer import same_kind
 from mvpretrain.engine.settings import EngineConfig
-from mvpretrain.engine.step import Step
+from mvpretrain.engine.step import HasTeacher, Step, timer_of
 from mvpretrain.model.task import Task
 from mvpretrain.types import Batch
 
 
 class Zero:
-    """DeepSpeed, ZeRO stages 0 to 3, with the client's optimiser."""
+    """A module under DeepSpeed, ZeRO stages 0 to 3, with an optimiser that is given.
 
-    def __init__(self, world: World, task: Task, optimizer: torch.optim.Optimizer, config: EngineConfig, batch: int):
+    ValueError: a parameter without a dimension, an optimiser that ZeRO's flat pieces would change, a DeepSpeed that
+    lacks what micro-batches need.
+    """
+
+    def __init__(
+        self, world: World, task: nn.Module, optimizer: torch.optim.Optimizer, config: EngineConfig, batch: int
+    ):
         import deepspeed
 
         self.world, self.task, self.config, self.stage = world, task, config, int(world.kind[-1])
-        task.phase_timer.device = world.device
+        self.phase_timer = timer_of(task, world.device)
         deepspeed.utils.logger.setLevel("WARNING")
         if world.device.type == "cpu":
             # The shared-memory collectives would be compiled at first use (40 s) and need a C++ compiler.
@@ -68,13 +74,13 @@ class Zero:
             for i in range(count):
                 with contextlib.nullcontext() if self.stage or i + 1 == count else self.model.no_sync():
                     yield i
-            with self.task.phase_timer("backward"):
+            with self.phase_timer("backward"):
                 together.close()
 
     def optimizer_step(self) -> tuple[float | None, bool]:
         own = None
         if self.stage == 0 and self.world.precision != "fp16":
-            # Without partitions, DeepSpeed neither looks at the gradient nor tells its norm.
+            # Without partitions, DeepSpeed neither checks the gradient nor computes its norm.
             own = float(get_total_norm([p.grad for p in self.task.parameters() if p.grad is not None]))
             if not math.isfinite(own):
                 self.model.zero_grad()
@@ -93,14 +99,15 @@ class Zero:
     def update_ema(self) -> None:
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-        teacher = self.task.teacher
+        if not isinstance(self.task, HasTeacher):
+            return
         if self.stage < 3:
-            teacher.update_ema(self.task.towers)
+            self.task.update_ema()
             return
         # Equal shapes are cut alike, so that each rank's pieces of the two belong together and nothing is sent.
-        teacher.update_ema(self.task.towers, lambda p: cast(Any, p).ds_tensor)
-        # Small weights are also held whole, and their wholes are of before.
-        whole: list[Any] = [p for p in teacher.parameters() if cast(Any, p).ds_status == ZeroParamStatus.AVAILABLE]
+        moved = self.task.update_ema(lambda p: cast(Any, p).ds_tensor)
+        # Small weights are also held whole, and those copies are from before the step.
+        whole: list[Any] = [p for p in moved if cast(Any, p).ds_status == ZeroParamStatus.AVAILABLE]
         if whole:
             whole[0].partition(whole)
             whole[0].all_gather(whole)
@@ -108,11 +115,12 @@ class Zero:
     def _prepare_for_passes(self) -> None:
         import deepspeed
 
-        if not hasattr(self.model, "coalesce_grad_reduction"):
+        if not hasattr(self.model, "coalesce_grad_reduction"):  # older versions lack it
             raise ValueError(
                 f"engine.micro_batch={self.config.micro_batch} needs a DeepSpeed that can reduce once after several "
                 f"backward passes, {deepspeed.__version__} cannot; install 0.19.8 or set engine.kind=ddp"
             )
+        assert isinstance(self.task, Task)
         if self.stage == 3:
             # The second pass uses them in the task itself, where ZeRO-3 has not gathered them.
             for parameter in self.task.objective_parameters():
@@ -150,7 +158,7 @@ class Zero:
         return found
 
 
-def _register_projections(task: Task) -> None:
+def _register_projections(task: nn.Module) -> None:
     """torch's attention reads the weights of its last projection without calling it, so that ZeRO-3 gathers them too.
 
     Within the engine's own forward DeepSpeed finds that out; evaluation and the first of two passes are without it.
@@ -163,7 +171,7 @@ def _register_projections(task: Task) -> None:
                 deepspeed.zero.register_external_parameter(module, parameter)
 
 
-def _fit_for_zero(task: Task) -> None:
+def _fit_for_zero(task: nn.Module) -> None:
     """DeepSpeed 0.19.8 reinterprets parameters as bytes, which scalars and channels-last weights do not allow."""
     for name, parameter in task.named_parameters():
         if parameter.dim() == 0:
@@ -177,12 +185,10 @@ def _element_wise(optimizer: torch.optim.Optimizer) -> bool:
 
     def moved(*shape: int, part: slice = slice(None)) -> Tensor:
         weight = torch.nn.Parameter(start[part].reshape(shape).clone())
-        twin = object.__new__(type(optimizer))  # whatever arguments its constructor needs
-        twin.__dict__.update(optimizer.__dict__)
-        twin.state, twin.param_groups = defaultdict(dict), [{**optimizer.param_groups[0], "params": [weight]}]
+        trial = same_kind(optimizer, [{**optimizer.param_groups[0], "params": [weight]}])
         for _ in range(2):
             weight.grad = gradient[part].reshape(shape).clone()
-            twin.step()
+            trial.step()
         return weight.detach().flatten() - start[part]
 
     pieces = torch.cat([moved(9, part=slice(9)), moved(15, part=slice(9, 24))])

@@ -24,33 +24,36 @@ from mvpretrain.types import Batch, Embeddings, Losses, map_tensors
 
 
 def step(engine: Engine, batch: Batch, values: Sequence[float]) -> Step:
-    """Losses, agreement, gradients, optimiser: the order of things in every engine."""
-    task, world = engine.task, engine.world
+    """One step of any engine: losses, status of all ranks, gradients, optimiser, EMA.
+
+    Where the loss or the gradient is not finite on some rank, nothing is changed on any.
+    """
+    task, world, phase_timer = engine.task, engine.world, engine.phase_timer
     engine.model.train()
     before = snapshot_buffers(task)
     pieces = split(engine, batch)
-    losses, backward = whole(engine, batch) if pieces is None else in_two_passes(engine, batch, pieces)
+    losses, backward = in_one_pass(engine, batch) if pieces is None else in_two_passes(engine, batch, pieces)
     loss, good, sums = reduce_status(world, losses.total, values)
     norm = None
     if good:
         backward()
-        with task.phase_timer("optimizer"):
+        with phase_timer("optimizer"):
             norm, good = engine.optimizer_step()
             if good:
                 engine.update_ema()
     if not good:
         restore_buffers(task, before)
         sample_state.discard(task)
-    task.phase_timer.step()
+    phase_timer.step()
     return Step(loss, losses.parts, norm, good, sums)
 
 
-def whole(engine: Engine, batch: Batch) -> tuple[Losses, Callable[[], None]]:
+def in_one_pass(engine: Engine, batch: Batch) -> tuple[Losses, Callable[[], None]]:
     """(the losses, how to go back from them) of all rows at once."""
     losses: Losses = engine.model(batch.to(engine.world.device))
 
     def backward() -> None:
-        with engine.task.phase_timer("backward"):
+        with engine.phase_timer("backward"):
             engine.backward(losses.total)
 
     return losses, backward
@@ -63,7 +66,7 @@ class Pieces(NamedTuple):
     own: int
 
 
-class Memory(NamedTuple):
+class FirstPass(NamedTuple):
     """What the second pass needs to know of the first."""
 
     generators: list[list[Tensor]]  # as they were before each micro-batch
@@ -89,18 +92,18 @@ def split(engine: Engine, batch: Batch) -> Pieces | None:
 
 def in_two_passes(engine: Engine, batch: Batch, pieces: Pieces) -> tuple[Losses, Callable[[], None]]:
     """(the losses, how to go back from them), one micro-batch's activations at a time."""
-    z, memory = first_pass(engine, pieces)
+    z, first = first_pass(engine, pieces)
     task, device = engine.task, engine.world.device
     leaves = {v: z[v].requires_grad_() for v in task.views}
     present = {v: p.to(device, non_blocking=True) for v, p in batch.present.items()}
     students = Embeddings(leaves, batch.ids.to(device), present, batch.labels.to(device))
     # A table of its own: ZeRO-3's hooks replace the tensors in the dicts that modules are given.
     losses = task.score(task.teacher.add_views(students, {v: z[v] for v in task.teacher.views}))
-    return losses, partial(second_pass, engine, pieces, memory, leaves, losses.total)
+    return losses, partial(second_pass, engine, pieces, first, leaves, losses.total)
 
 
 @torch.no_grad()
-def first_pass(engine: Engine, pieces: Pieces) -> tuple[dict[str, Tensor], Memory]:
+def first_pass(engine: Engine, pieces: Pieces) -> tuple[dict[str, Tensor], FirstPass]:
     """The embeddings of this rank's rows, the teacher's among them: the second pass is the students' alone."""
     task, device = engine.task, engine.world.device
     precision = engine.world.precision if engine.config.first_pass == "same" else engine.config.first_pass
@@ -108,7 +111,7 @@ def first_pass(engine: Engine, pieces: Pieces) -> tuple[dict[str, Tensor], Memor
     generators = [generators_of(device)]
     buffers: list[Tensor] = []
     teacher_rows: list[Tensor] = []
-    with task.phase_timer("encode"), autocast(device, precision):
+    with engine.phase_timer("encode"), autocast(device, precision):
         for i, piece in enumerate(pieces.batches):
             tables.append(task.table(piece.to(device)).z)
             generators.append(generators_of(device))
@@ -117,32 +120,32 @@ def first_pass(engine: Engine, pieces: Pieces) -> tuple[dict[str, Tensor], Memor
     # As if the repeated rows had not been there.
     set_generators(device, generators[pieces.own])
     restore_buffers(task.teacher.towers, teacher_rows)
-    return map_tensors(lambda *z: torch.cat(z), *tables[: pieces.own]), Memory(generators, buffers)
+    return map_tensors(lambda *z: torch.cat(z), *tables[: pieces.own]), FirstPass(generators, buffers)
 
 
-def second_pass(engine: Engine, pieces: Pieces, memory: Memory, leaves: dict[str, Tensor], loss: Tensor) -> None:
+def second_pass(engine: Engine, pieces: Pieces, first: FirstPass, leaves: dict[str, Tensor], loss: Tensor) -> None:
     """The gradient of the loss in all parameters, reduced over ranks once."""
     task, device = engine.task, engine.world.device
-    with task.phase_timer("backward"):
-        asked = gradients(task, leaves, loss)
+    with engine.phase_timer("backward"):
+        wanted = gradients(task, leaves, loss)
     after = generators_of(device)
     begin = 0
     for i in engine.reducing_once(len(pieces.batches)):
         piece, end = pieces.batches[i], begin + len(pieces.batches[i].ids)
         if i < pieces.own:
-            z = {v: g[begin:end] for v, g in asked.z.items()}
+            z = {v: g[begin:end] for v, g in wanted.z.items()}
         else:
-            z = {v: g.new_zeros(len(piece.ids), g.shape[1]) for v, g in asked.z.items()}
+            z = {v: g.new_zeros(len(piece.ids), g.shape[1]) for v, g in wanted.z.items()}
         # The objective's parameters take part once, in the last piece: DDP reduces there, and wants all of them in it.
         last = i + 1 == len(pieces.batches)
-        set_generators(device, memory.generators[i])
-        surrogate: Tensor = engine.model(piece.to(device), EmbeddingGradients(z, asked.parameters if last else []))
+        set_generators(device, first.generators[i])
+        surrogate: Tensor = engine.model(piece.to(device), EmbeddingGradients(z, wanted.parameters if last else []))
         if surrogate.requires_grad:  # not so where all towers are frozen whole
-            with task.phase_timer("backward"):
+            with engine.phase_timer("backward"):
                 engine.backward(surrogate)
         begin = end
     set_generators(device, after)
-    restore_buffers(task.towers, memory.buffers)
+    restore_buffers(task.towers, first.buffers)
 
 
 def gradients(task: Task, leaves: dict[str, Tensor], loss: Tensor) -> EmbeddingGradients:

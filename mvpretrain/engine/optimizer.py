@@ -1,8 +1,9 @@
-"""Parameter groups, the optimiser, and the learning rate as a function of the step."""
+"""Parameter groups, and the optimiser over them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +62,23 @@ def optimizer_class(kind: str) -> Any:
     if kind not in known:
         raise ValueError(unknown("optimizer kind", kind, ["adamw", "sgd", *known]))
     return get_optimizer_class(kind, bind_defaults=True)
+
+
+def same_kind(optimizer: torch.optim.Optimizer, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
+    """A fresh optimiser of the same class and settings over other parameters.
+
+    `groups` are the optimiser's own, or the first of them, with other `params`. ValueError: its constructor needs an
+    argument that it does not keep among its `defaults`, as torch's optimisers do.
+    """
+    settings = {**optimizer.defaults, **groups[0]}
+    asked = [name for name in inspect.signature(type(optimizer)).parameters if name in settings and name != "params"]
+    try:
+        return type(optimizer)(list(groups), **{name: settings[name] for name in asked})
+    except TypeError as error:
+        raise ValueError(
+            f"{type(optimizer).__name__} cannot be built from its defaults {sorted(optimizer.defaults)}: {error}; "
+            "let its constructor hand what it needs to torch.optim.Optimizer as `defaults`"
+        ) from error
 
 
 def parameter_groups(task: Task, towers: Mapping[str, TowerConfig], config: OptimizerConfig) -> list[dict[str, Any]]:

@@ -24,8 +24,8 @@ class ScheduleConfig(Config):
             return (step + 1) / self.warmup
         if self.kind == "constant":
             return 1.0
-        share = min(1.0, (step - self.warmup) / max(1, steps - self.warmup))
-        return self.final + (1 - self.final) * (1 + math.cos(math.pi * share)) / 2
+        progress = min(1.0, (step - self.warmup) / max(1, steps - self.warmup))
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -1,18 +1,18 @@
-"""What every engine offers, and what all ranks must agree on in a step."""
+"""What engines offer, what they ask of the module that they wrap, and what all ranks must agree on in a step."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from mvpretrain.engine.launch import World
 from mvpretrain.engine.settings import EngineConfig
-from mvpretrain.model.task import Task
+from mvpretrain.model.phase_timer import PhaseTimer
 from mvpretrain.types import Batch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -23,19 +23,45 @@ class Step(NamedTuple):
 
     loss: float
     parts: dict[str, Tensor]
-    norm: float | None  # gradient norm before clipping; None where the engine does not tell
+    norm: float | None  # gradient norm before clipping; None where the engine has none
     stepped: bool  # False: the loss or the gradient was not finite, and nothing was changed
     sums: list[float]
 
 
+@runtime_checkable
+class Timed(Protocol):
+    """Optional, of a module: it times its phases, and engines add theirs to the same timer."""
+
+    phase_timer: PhaseTimer
+
+
+@runtime_checkable
+class HasTowers(Protocol):
+    """Optional, of a module: only a part of it encodes; without this the whole module does."""
+
+    def encoding_modules(self) -> list[nn.Module]:
+        """The modules to compile, whose batch statistics are rank 0's in evaluation."""
+        ...
+
+
+@runtime_checkable
+class HasTeacher(Protocol):
+    """Optional, of a module: some parameters are moving averages of others."""
+
+    def update_ema(self, part: Callable[[nn.Parameter], Tensor] = ...) -> list[nn.Parameter]:
+        """Move them, and return them; `part` is what this rank holds of a parameter, the whole where not given."""
+        ...
+
+
 class Engine(Protocol):
-    """A task and its optimiser under one way of running them."""
+    """A module and its optimiser under one way of running them."""
 
     world: World
-    task: Task
+    task: Any  # the module, `forward(batch) -> Losses`; with config.micro_batch a Task
     optimizer: torch.optim.Optimizer
     config: EngineConfig
-    model: Any  # the task, wrapped: to be called where its gradient is wanted
+    model: Any  # the module, wrapped: to be called where its gradient is wanted
+    phase_timer: PhaseTimer
 
     def step(self, batch: Batch, values: Sequence[float] = ()) -> Step:
         """One optimiser step on this rank's rows, wherever they are.
@@ -58,7 +84,7 @@ class Engine(Protocol):
         ...
 
     def update_ema(self) -> None:
-        """Let the teacher take its step towards the weights that `descend` has left."""
+        """Let the teacher take its step towards the weights that `optimizer_step` has left."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -86,14 +112,21 @@ def reduce_status(world: World, loss: Tensor, values: Sequence[float]) -> tuple[
     return total[0] / world.size, total[1] == 0, total[2:]
 
 
+def timer_of(module: nn.Module, device: torch.device) -> PhaseTimer:
+    """The module's own timer, or a new one, reading this device's clock."""
+    timer = module.phase_timer if isinstance(module, Timed) else PhaseTimer()
+    timer.device = device
+    return timer
+
+
 def snapshot_buffers(module: nn.Module) -> list[Tensor]:
     """Copies of the buffers: a forward pass changes batch statistics before anyone knows whether it counts."""
     return [buffer.clone() for buffer in module.buffers()]
 
 
-def restore_buffers(module: nn.Module, kept: Sequence[Tensor]) -> None:
+def restore_buffers(module: nn.Module, snapshot: Sequence[Tensor]) -> None:
     """Undo what a forward pass did to the buffers."""
-    for buffer, value in zip(module.buffers(), kept, strict=True):
+    for buffer, value in zip(module.buffers(), snapshot, strict=True):
         buffer.copy_(value)
 
 
@@ -102,17 +135,22 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
+def encoding_modules(module: nn.Module) -> list[nn.Module]:
+    """The parts of a module that encode: see `HasTowers`."""
+    return module.encoding_modules() if isinstance(module, HasTowers) else [module]
+
+
 @contextlib.contextmanager
-def encoding(engine: Engine) -> Iterator[Task]:
-    """The task for evaluation: no gradients, no dropout, the run's precision. Every rank must make the same calls.
+def encoding(engine: Engine) -> Iterator[Any]:
+    """The module for evaluation: no gradients, no dropout, the run's precision. Every rank must make the same calls.
 
     Ranks keep batch statistics of their own rows while they train; here all take rank 0's, which are those saved.
     """
-    world = engine.world
-    engine.task.eval()
-    for buffer in (*engine.task.towers.buffers(), *engine.task.teacher.towers.buffers()):
+    world, task = engine.world, engine.task
+    task.eval()
+    for buffer in (buffer for module in encoding_modules(task) for buffer in module.buffers()):
         if buffer.dtype != torch.bool:
             buffer.copy_(world.collectives.sum(buffer if world.rank == 0 else torch.zeros_like(buffer)))
     with torch.no_grad(), autocast(world.device, world.precision):
-        yield engine.task
-    engine.task.train()
+        yield task
+    task.train()

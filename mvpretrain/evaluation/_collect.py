@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -25,8 +25,13 @@ class Table(NamedTuple):
     present: dict[str, Bool[Tensor, " n"]]
     labels: Int64[Tensor, " n"]  # -1 where unknown
 
+    @staticmethod
+    def cat(tables: Sequence[Table]) -> Table:
+        """Tables of the same views one below the other."""
+        return map_tensors(lambda *columns: torch.cat(columns), *tables)
 
-Watch = Callable[[Embeddings, Embeddings], None]
+
+OnBatch = Callable[[Embeddings, Embeddings], None]
 
 
 def collect(
@@ -35,28 +40,28 @@ def collect(
     collectives: Collectives,
     device: torch.device,
     features: bool = False,
-    watch: Watch | None = None,
+    on_batch: OnBatch | None = None,
 ) -> Table:
     """The whole table on every rank, in the order in which the batches and, within a batch, the ranks come.
 
     Every rank must bring equally many batches, of any size. Rows with id -1 that have no view are padding and left out.
-    `watch` is called with each batch's (local, gathered) tables, as an objective would be. The caller sets evaluation
-    mode, no_grad and autocast. ValueError: no sample at all.
+    `on_batch` is called with each batch's (local, gathered) tables, as an objective would be. The caller sets
+    evaluation mode, no_grad and autocast. ValueError: no sample at all.
     """
-    parts: list[Table] = []
+    tables: list[Table] = []
     for batch in batches:
         local, outputs = encode(task, batch.to(device), features)
         local, gathered = gather_embeddings(local, collectives)
-        if watch:
-            watch(local, gathered)
+        if on_batch:
+            on_batch(local, gathered)
         rows = len(local.ids)
         found = {
             v: collectives.gather(torch.cat([x, x.new_zeros(rows - len(x), x.shape[1])])) for v, x in outputs.items()
         }
-        parts.append(kept(gathered, found))
-    if not sum(len(part.ids) for part in parts):
+        tables.append(without_padding(gathered, found))
+    if not sum(len(table.ids) for table in tables):
         raise ValueError("there is no sample to evaluate; check data.eval and evaluation.limit")
-    return joined(parts)
+    return Table.cat(tables)
 
 
 def encode(task: Task, batch: Batch, features: bool) -> tuple[Embeddings, dict[str, Tensor]]:
@@ -69,14 +74,9 @@ def encode(task: Task, batch: Batch, features: bool) -> tuple[Embeddings, dict[s
     return Embeddings(z, batch.ids, batch.present, batch.labels), outputs
 
 
-def kept(gathered: Embeddings, features: dict[str, Tensor]) -> Table:
+def without_padding(gathered: Embeddings, features: dict[str, Tensor]) -> Table:
     """The gathered rows on the CPU without the padding."""
     real = (gathered.ids != -1) | torch.stack(list(gathered.present.values())).any(dim=0)
     table = Table(gathered.z, features, gathered.ids, gathered.present, gathered.labels)
     found = map_tensors(lambda x: x[real].detach().cpu(), table)
     return found._replace(z={v: z.float() for v, z in found.z.items()})
-
-
-def joined(parts: list[Table]) -> Table:
-    """Tables one below the other."""
-    return map_tensors(lambda *columns: torch.cat(columns), *parts)

@@ -30,13 +30,13 @@ def evaluate(
     evaluator has failed on one; one that yields a name twice, or not equally many names on all ranks.
     """
     built = [(settings.kind, settings.build(task, collectives)) for settings in evaluators]
-    watching = [evaluator for _, evaluator in built if isinstance(evaluator, SeesBatches)]
+    shown = [evaluator for _, evaluator in built if isinstance(evaluator, SeesBatches)]
 
     def show(local: Embeddings, gathered: Embeddings) -> None:
-        for evaluator in watching:
+        for evaluator in shown:
             evaluator.add(local, gathered)
 
-    evaluated = Evaluated(task, collect(task, batches, collectives, device, watch=show), collectives, device)
+    evaluated = Evaluated(task, collect(task, batches, collectives, device, on_batch=show), collectives, device)
     metrics: dict[str, float] = {}
     with torch.autocast(device.type, enabled=False):
         for kind, evaluator in built:

@@ -22,10 +22,7 @@ class EvaluationConfig(Config):
     every: int = Field(default=0, ge=0)
     by_label: tuple[str, ...] = ()
     limit: int | None = Field(default=None, ge=2)
-    also: tuple[
-        Annotated[SerializeAsAny[EvaluatorConfig], registry],
-        ...,
-    ] = ()
+    also: tuple[Annotated[SerializeAsAny[EvaluatorConfig], registry], ...] = ()
 
     @model_validator(mode="after")
     def _cross_check(self) -> EvaluationConfig:

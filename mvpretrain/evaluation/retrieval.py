@@ -89,12 +89,12 @@ def fused(table: Table, v: str, fusion: Fusion) -> Table:
     others = [u for u in table.z if u != v]
     z = torch.stack([table.z[u] for u in others])
     present = torch.stack([table.present[u] for u in others])
-    absent, there = ~present[:, :, None], present.any(dim=0)
+    absent, has_other = ~present[:, :, None], present.any(dim=0)
     made = z.masked_fill(absent, 0).sum(dim=0) if fusion == "rest" else z.masked_fill(absent, 1).prod(dim=0)
     # A product of many coordinates below one is too short for float32's squares long before it is zero.
     scale = made.abs().amax(dim=1, keepdim=True)
     made = normalize(made / scale.where(scale > 0, 1), dim=1)
-    return table._replace(z={**table.z, fusion: made}, present={**table.present, fusion: there})
+    return table._replace(z={**table.z, fusion: made}, present={**table.present, fusion: has_other})
 
 
 def sides(table: Table, keys: Tensor, u: str, v: str) -> tuple[Side, Side]:

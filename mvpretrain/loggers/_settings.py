@@ -20,10 +20,7 @@ class LogConfig(Config):
     every: int = Field(default=10, ge=1)
     tensorboard: bool = True
     wandb: str | None = None
-    also: tuple[
-        Annotated[SerializeAsAny[LoggerConfig], registry],
-        ...,
-    ] = ()
+    also: tuple[Annotated[SerializeAsAny[LoggerConfig], registry], ...] = ()
 
     def loggers(self) -> Iterator[LoggerConfig]:
         """Settings of every logger; those that may refuse come before those that write to the run's folder."""

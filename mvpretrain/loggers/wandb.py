@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any, Literal
 
 from mvpretrain.loggers import LoggerConfig, RunInfo
@@ -24,11 +25,11 @@ class WandbLogger:
 
     def start(self, info: RunInfo) -> None:
         try:
-            import wandb  # type: ignore[import-not-found]
+            wandb: Any = import_module("wandb")  # the library, where type checkers would find this file
         except ImportError as error:
             raise ValueError(f"log.wandb={self.project!r}, but wandb is not installed; pip install wandb") from error
         name = info.folder.name
-        self.run: Any = wandb.init(
+        self.run = wandb.init(
             project=self.project, dir=info.folder, name=name, id=name, resume="allow", config=dict(info.recipe)
         )
 

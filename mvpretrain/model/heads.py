@@ -61,7 +61,7 @@ class Heads(nn.Module):
 
 
 def projection(inputs: int, dim: int, config: HeadConfig, heads: int) -> nn.Module:
-    """One head of `dim` outputs, or several that share them equally. ValueError: what HeadConfig.check refuses."""
+    """One head of `dim` outputs, or several of equal parts of them. ValueError: what HeadConfig.check refuses."""
     config.check(dim, heads)
     if heads == 1:
         return head(inputs, dim, config)

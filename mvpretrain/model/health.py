@@ -1,4 +1,4 @@
-"""How embeddings lie on the sphere: the numbers that tell collapse from learning."""
+"""How embeddings lie on the sphere: numbers that distinguish collapse from learning."""
 
 from __future__ import annotations
 
@@ -30,13 +30,6 @@ def spread(z: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
     if len(z) < 2:
         return z.new_zeros(())
     return z.std(dim=0).mean() * z.shape[1] ** 0.5
-
-
-def effective_rank(z: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
-    """exp of the entropy of the normalised singular values (Roy & Vetterli 2007): how many directions are in use."""
-    values = torch.linalg.svdvals(z - z.mean(dim=0))
-    share = values / values.sum().clamp_min(1e-12)
-    return torch.special.entr(share).sum().exp()
 
 
 @torch.no_grad()

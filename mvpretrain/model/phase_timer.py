@@ -12,7 +12,7 @@ PHASES: tuple[str, ...] = ("data", "encode", "gather", "objective", "backward", 
 
 
 class PhaseTimer:
-    """Mean milliseconds a step by phase: `with watch("encode"): ...`, `watch.step()`, `watch.figures()`.
+    """Mean milliseconds a step by phase: `with timer("encode"): ...`, `timer.step()`, `timer.figures()`.
 
     A phase may be entered several times a step; its parts add up. On CPUs it is the process's wall time. On GPUs it
     is what the device spent between two events on its current stream, which nobody waits for before `figures`: the host
@@ -21,11 +21,11 @@ class PhaseTimer:
 
     def __init__(self, device: torch.device = torch.device("cpu")):  # noqa: B008
         self.device = device
-        self.count = 0  # steps since last asked
+        self.count = 0  # steps since the last call of `figures`
         self._milliseconds = dict.fromkeys(PHASES, 0.0)
         self._phases = {name: _Phase(self, name) for name in PHASES}
         self._pending: deque[tuple[str, Any, Any]] = deque()  # phase, event before, event after
-        self._spare: list[Any] = []  # events to use again
+        self._free: list[Any] = []  # events to use again
 
     def __call__(self, phase: str) -> _Phase:
         """The context in which time counts as this phase's, one of PHASES."""
@@ -34,11 +34,11 @@ class PhaseTimer:
     def step(self) -> None:
         """A step is over."""
         self.count += 1
-        while self._pending and self._pending[0][2].query():  # those that the device has passed are read for nothing
+        while self._pending and self._pending[0][2].query():  # reading those that the device has passed costs no wait
             self._read()
 
     def figures(self) -> dict[str, float]:
-        """Mean milliseconds a step by phase since last asked; the sums, where no step was counted."""
+        """Mean milliseconds a step by phase since the last call of `figures`; the sums, where no step was counted."""
         if self._pending:
             self._pending[-1][2].synchronize()
         while self._pending:
@@ -50,7 +50,7 @@ class PhaseTimer:
     def _now(self) -> Any:
         if self.device.type != "cuda":
             return time.perf_counter()
-        event = self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)
+        event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
@@ -63,17 +63,17 @@ class PhaseTimer:
     def _read(self) -> None:
         phase, begin, end = self._pending.popleft()
         self._milliseconds[phase] += begin.elapsed_time(end)
-        self._spare += [begin, end]
+        self._free += [begin, end]
 
 
 class _Phase:
     """Made once and entered often: a generator's context costs three times as much."""
 
-    def __init__(self, watch: PhaseTimer, name: str):
-        self.watch, self.name = watch, name
+    def __init__(self, timer: PhaseTimer, name: str):
+        self.timer, self.name = timer, name
 
     def __enter__(self) -> None:
-        self.begin = self.watch._now()
+        self.begin = self.timer._now()
 
     def __exit__(self, *_: object) -> None:
-        self.watch._add(self.name, self.begin, self.watch._now())
+        self.timer._add(self.name, self.begin, self.timer._now())

@@ -31,15 +31,15 @@ class Queue(nn.Module):
         self.register_buffer("ids", torch.full((rows,), -1))
         self.register_buffer("labels", torch.full((rows,), -1))
 
-    def append_queue(self, mine: Embeddings, gathered: Embeddings) -> tuple[Embeddings, Embeddings]:
-        """Both tables with the queue's rows after the batch's: a part of them in `mine`, every rank's in `gathered`.
+    def append_queue(self, local: Embeddings, gathered: Embeddings) -> tuple[Embeddings, Embeddings]:
+        """Both tables with the queue's rows after the batch's: a part of them in `local`, every rank's in `gathered`.
 
         So `gathered` stays the ranks' tables one after another, though nothing more was sent.
         """
         size = self.collectives.size
-        held = self.table(mine).split(size)
+        held = self.table(local).split(size)
         both = Embeddings.cat([part for pair in zip(gathered.split(size), held, strict=True) for part in pair])
-        return (both if size == 1 else Embeddings.cat([mine, held[self.collectives.rank]])), both
+        return (both if size == 1 else Embeddings.cat([local, held[self.collectives.rank]])), both
 
     def table(self, like: Embeddings) -> Embeddings:
         """The rows as a table of the same views: those of the students are absent."""
@@ -50,12 +50,12 @@ class Queue(nn.Module):
         return Embeddings(z, self.ids, present, self.labels)
 
     @torch.no_grad()
-    def push(self, mine: Embeddings, gathered: Embeddings) -> None:
+    def push(self, local: Embeddings, gathered: Embeddings) -> None:
         """Add the batch's rows that have a teacher's view; the oldest go."""
         if gathered.z:
             z = torch.stack([gathered.z[v] for v in self.views])
         else:  # the objective passes its tables round a ring of ranks, and nobody has gathered them
-            z = self.collectives.gather(torch.stack([mine.z[v] for v in self.views], dim=1)).transpose(0, 1)
+            z = self.collectives.gather(torch.stack([local.z[v] for v in self.views], dim=1)).transpose(0, 1)
         present = torch.stack([gathered.present[v] for v in self.views])
         some = present.any(dim=0)
         for held, new, axis in (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,7 +21,7 @@ from mvpretrain.types import Batch, ChoosesGather, Embeddings, Losses, Objective
 
 
 class EmbeddingGradients(NamedTuple):
-    """What the objective asks of some rows: the gradient of its loss in their z, and in its own parameters."""
+    """The gradient of the objective's loss in some rows' z, and in its own parameters."""
 
     z: dict[str, Tensor]  # b d
     parameters: list[Tensor]  # in the order of `Task.objective_parameters`, or empty
@@ -101,11 +101,11 @@ class Task(nn.Module):
         with torch.autocast(local.ids.device.type, enabled=False):
             with self.phase_timer("gather"):
                 gathers = self.objective.gathers if isinstance(self.objective, ChoosesGather) else None
-                mine, gathered = gather_embeddings(local, self.collectives, gathers)
+                padded, gathered = gather_embeddings(local, self.collectives, gathers)
             with self.phase_timer("objective"):
-                losses = self.objective(*(queue.append_queue(mine, gathered) if queue else (mine, gathered)))
+                losses = self.objective(*(queue.append_queue(padded, gathered) if queue else (padded, gathered)))
             if queue and self.training:
-                queue.push(mine, gathered)
+                queue.push(padded, gathered)
             students = local._replace(z={v: local.z[v] for v in self.views})
             return Losses(losses.total, {**losses.parts, **health(students)})
 
@@ -116,6 +116,14 @@ class Task(nn.Module):
         total = sum((x * gradient).sum() for x, gradient in pairs)
         assert isinstance(total, Tensor)
         return total
+
+    def encoding_modules(self) -> list[nn.Module]:
+        """The towers, the teacher's too: what engines compile, and whose statistics are rank 0's in evaluation."""
+        return [*self.towers.values(), *self.teacher.towers.values()]
+
+    def update_ema(self, part: Callable[[nn.Parameter], Tensor] = lambda p: p) -> list[nn.Parameter]:
+        """Let the teacher take a step towards the towers; returns its parameters. See `Teacher.update_ema`."""
+        return self.teacher.update_ema(self.towers, part)
 
     def objective_parameters(self) -> list[nn.Parameter]:
         """Those that the objective itself trains."""

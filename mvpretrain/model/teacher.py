@@ -1,4 +1,4 @@
-"""Towers that follow the trained ones, whose rows objectives may use as more views, and a queue of their past rows."""
+"""The EMA teacher: towers that average the trained ones, whose rows are more views, and a queue of past rows."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ MARK = "@teacher"
 
 
 class TeacherConfig(Config):
-    """Towers that follow the trained ones and are not trained (He et al. 2020, "Momentum Contrast", eq. 2).
+    """Towers that average the trained ones and are not trained (He et al. 2020, "Momentum Contrast", eq. 2).
 
     After every step, each weight becomes momentum teacher + (1 - momentum) student. The teacher embeds `views` (all
-    where not given) without a gradient, and the objective is given them as more views: `a@teacher` beside `a`. One that
+    where not given) without a gradient, and the objective is given them as more views, `a@teacher` of `a`. One that
     takes all views takes these too, also a teacher's view against another; name views or pairs to choose.
 
     `queue` keeps so many of the teacher's last rows, which the objective is given as rows of samples that have no other
@@ -63,7 +63,7 @@ class TeacherConfig(Config):
 
 
 class Teacher(nn.Module):
-    """The towers that follow, and the queue. Without settings it has no view, no weight and no effect.
+    """The teacher's towers, and the queue. Without settings it has no view, no weight and no effect.
 
     State: copies of the towers that its views need, and the queue's (see there). Batch statistics are its own.
     """
@@ -94,15 +94,23 @@ class Teacher(nn.Module):
         return table._replace(z={**table.z, **z}, present={**table.present, **present})
 
     def students_as_teacher(self, table: Embeddings) -> Embeddings:
-        """The table with the students' rows in the teacher's places: what they are held against in evaluation."""
+        """The table with the students' rows in place of the teacher's, as evaluation compares them."""
         return self.add_views(table, {name: table.z[v] for name, v in self.originals.items() if v in table.z})
 
     @torch.no_grad()
-    def update_ema(self, towers: nn.ModuleDict, part: Callable[[nn.Parameter], Tensor] = lambda p: p) -> None:
-        """teacher = momentum teacher + (1 - momentum) student; `part` is what this rank holds of a parameter."""
+    def update_ema(
+        self, towers: nn.ModuleDict, part: Callable[[nn.Parameter], Tensor] = lambda p: p
+    ) -> list[nn.Parameter]:
+        """teacher = momentum teacher + (1 - momentum) student; returns the teacher's parameters.
+
+        `part` is what this rank holds of a parameter.
+        """
+        moved = []
         for name, tower in self.towers.items():
             for own, student in zip(tower.parameters(), towers[name].parameters(), strict=True):
                 part(own).lerp_(part(student), 1 - self.momentum)  # where both are equal, not a bit changes
+                moved.append(own)
+        return moved
 
     def restart(self, towers: nn.ModuleDict) -> None:
         """Begin where the students are."""

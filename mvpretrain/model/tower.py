@@ -13,7 +13,7 @@ from mvpretrain import encoders
 from mvpretrain.config import Config, errors_at
 from mvpretrain.encoders import EncoderConfig
 from mvpretrain.model.heads import HeadConfig, projection, unit
-from mvpretrain.types import Encoder, HasBlocks, View
+from mvpretrain.types import Encoder, RecomputesActivations, View
 
 
 class TowerConfig(Config):
@@ -49,7 +49,7 @@ class Tower(nn.Module):
         with errors_at(f"{key}.head"):
             self.head = projection(cast(Encoder, self.encoder).dim, dim, config.head, heads)
         if config.weights:
-            adopt(self, config.weights, f"{key}.weights")
+            load_weights(self, config.weights, f"{key}.weights")
         with errors_at(key):
             if config.freeze:
                 freeze(self.encoder, config.train_blocks)
@@ -99,7 +99,7 @@ def by_length(encoder: nn.Module, view: View, groups: int) -> Tensor:
     return torch.cat(found)[order.argsort()]
 
 
-def adopt(tower: Tower, path: str, key: str) -> None:
+def load_weights(tower: Tower, path: str, key: str) -> None:
     """Start from the model.safetensors of an exported view. ValueError: not there, or of another tower."""
     weights = load_file(encoders.local_file(path, key))
     try:
@@ -111,19 +111,19 @@ def adopt(tower: Tower, path: str, key: str) -> None:
 
 def recompute_activations(encoder: nn.Module, kind: str) -> None:
     """Switch on that the encoder's blocks keep no activations. ValueError: it has no such switch."""
-    switch = getattr(encoder, "checkpoint_activations", None)
-    if switch is None:
+    if not isinstance(encoder, RecomputesActivations):
         raise ValueError(
             f"encoder kind {kind!r} has no checkpoint_activations(); set checkpoint_activations=false for its tower"
         )
-    switch()
+    encoder.checkpoint_activations()
 
 
 def freeze(encoder: nn.Module, train_blocks: int) -> None:
     """Stop an encoder's training but for its last blocks. ValueError: more blocks asked for than it has."""
     encoder.requires_grad_(False)
     if train_blocks:
-        blocks = list(encoder.blocks or ()) if isinstance(encoder, HasBlocks) else []
+        # By name, not by a protocol: isinstance finds no submodules from Python 3.12 on.
+        blocks = list(getattr(encoder, "blocks", None) or ())
         if len(blocks) < train_blocks:
             raise ValueError(
                 f"train_blocks={train_blocks}, but {type(encoder).__name__} has {len(blocks)} known blocks"

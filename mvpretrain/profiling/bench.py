@@ -73,26 +73,26 @@ def bench(recipe: Recipe, steps: int, warmup: int, profile: Path | None = None) 
     batches = (batch for batch, _, _ in stream.batches(stream.start()))
     for _ in range(warmup):
         engine.step(next(batches))
-    engine.task.phase_timer.figures()
+    engine.phase_timer.figures()
     seconds, stepped = zip(*(timed(engine, batches) for _ in range(steps)))
     if not any(stepped):
         raise FloatingPointError(
             f"no loss or gradient of {steps} steps was finite, so that nothing was timed; lower optimizer.lr="
             f"{recipe.optimizer.lr}"
         )
-    phases, peak = engine.task.phase_timer.figures(), measure.peak(world.device)
+    phases, peak = engine.phase_timer.figures(), measure.peak(world.device)
     if profile:
         trace(engine, batches, profile)
     last = next(batches)
     flops = measure.flops(lambda: engine.step(last))
     rate = measure.matrix_rate(world.device, world.precision)
-    return gathered(recipe, world, seconds, phases, peak, baseline, flops, rate)
+    return over_ranks(recipe, world, seconds, phases, peak, baseline, flops, rate)
 
 
 def timed(engine: Engine, batches: Iterator[Batch]) -> tuple[float, bool]:
     """(seconds of one step with its wait for data, whether anything was changed by it)."""
     begin = time.perf_counter()
-    with engine.task.phase_timer("data"):
+    with engine.phase_timer("data"):
         batch = next(batches)
     stepped = engine.step(batch).stepped
     if engine.world.device.type == "cuda":
@@ -112,7 +112,7 @@ def trace(engine: Engine, batches: Iterator[Batch], folder: Path) -> None:
     profiler.export_chrome_trace(str(folder / f"rank-{engine.world.rank}.json"))
 
 
-def gathered(
+def over_ranks(
     recipe: Recipe,
     world: World,
     seconds: Sequence[float],
@@ -124,13 +124,13 @@ def gathered(
 ) -> Bench | None:
     """One rank's figures to those of all."""
     own = torch.tensor([*seconds, *(phases[p] for p in PHASES), peak], dtype=torch.float64, device=world.device)
-    every = world.collectives.gather(own[None]).cpu()
+    gathered = world.collectives.gather(own[None]).cpu()
     if world.rank:
         return None
     count = len(seconds)
-    milliseconds = dict(zip(PHASES, every[:, count:-1].mean(dim=0).tolist()))
-    milliseconds["rest"] = max(0.0, 1000 * float(every[:, :count].mean()) - sum(milliseconds.values()))
-    step = median(every[:, :count].amax(dim=0).tolist())
+    milliseconds = dict(zip(PHASES, gathered[:, count:-1].mean(dim=0).tolist()))
+    milliseconds["rest"] = max(0.0, 1000 * float(gathered[:, :count].mean()) - sum(milliseconds.values()))
+    step = median(gathered[:, :count].amax(dim=0).tolist())
     return Bench(
         engine=world.kind,
         device=torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
@@ -141,7 +141,7 @@ def gathered(
         milliseconds=milliseconds,
         step=1000 * step,
         samples=recipe.batch / step,
-        peaks=[int(p) for p in every[:, -1].tolist()],
+        peaks=[int(p) for p in gathered[:, -1].tolist()],
         baseline=baseline,
         flops=flops,
         rate=rate,
@@ -270,7 +270,7 @@ def in_processes(recipe: Path, overrides: Sequence[str], ranks: int, steps: int,
         ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if out.exists():
             return json.loads(out.read_text())
-    # The kernel kills a process that takes too much; a launcher tells its children's ends in words only.
+    # The kernel kills a process that takes too much; a launcher reports its children's exit codes in words only.
     codes = [ended.returncode, *(int(code) for code in re.findall(r"exitcode\s*: (-?\d+)", ended.stderr))]
     if OUT_OF_MEMORY in codes or -9 in codes:
         raise MemoryError(f"{recipe} with {', '.join(overrides)} took more memory than there is")

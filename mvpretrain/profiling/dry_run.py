@@ -22,7 +22,7 @@ from mvpretrain.types import Batch
 def print_dry_run(recipe: Recipe, console: Console, memory: int | None = None) -> Plan:
     """The resolved recipe, towers, steps, the first decoded batch through the towers, and the memory of a rank.
 
-    `memory` is what one rank may use, in bytes; by default its GPU, or its share of what this machine has left. Where
+    `memory` is what one rank may use, in bytes; by default its GPU, or its part of what this machine has left. Where
     the predicted peak is more, the switches that make it less are named. ValueError, before anything is printed:
     whatever would stop the run itself before its first step.
     """
@@ -115,9 +115,9 @@ def memory_table(plan: Plan) -> Table:
 
 
 def notes(plan: Plan) -> Iterator[str]:
-    for item, count in plan.beside.items():
+    for item, count in plan.machine.items():
         if count:
-            yield f"beside, in the machine's memory: {item}: {format_bytes(count)} a rank"
+            yield f"besides, in the machine's memory: {item}: {format_bytes(count)} a rank"
 
 
 def verdict(plan: Plan, room: int) -> str:
@@ -129,6 +129,6 @@ def verdict(plan: Plan, room: int) -> str:
 def remedies(model: Model, batch: Batch, setting: Setting, room: int) -> Table:
     """The switches that take less memory, in order of cost."""
     table = Table("switch", "predicted peak", "", title=f"to fit into {format_bytes(room)} a rank, the cheapest first")
-    for name, peak in memory_plan.switches(model, setting, room, memory_plan.checkpointed(model, batch, setting)):
+    for name, peak in memory_plan.switches(model, setting, room, memory_plan.with_checkpointing(model, batch, setting)):
         table.add_row(name, format_bytes(peak), "fits" if peak <= room else "too large")
     return table

@@ -26,8 +26,8 @@ UNITS = {"": 1, "b": 1} | {
     for power, letter in enumerate("kmgt", 1)
     for end, base in (("ib", 1024), ("b", 1000), ("", 1024))
 }
-FEW = (4, 8)  # rows that towers are run on to know what many take
-SIDE = {"cpu": 1536, "cuda": 8192}  # of the square matrices that tell the matrix rate
+FEW = (4, 8)  # rows on which towers are run to predict what many take
+SIDE = {"cpu": 1536, "cuda": 8192}  # of the square matrices by which the matrix rate is measured
 
 
 def parse_bytes(text: str) -> int:
@@ -64,7 +64,7 @@ def _status(field: str) -> int:
 
 
 def room(device: torch.device, local: int) -> int:
-    """Bytes that one of the `local` ranks of this machine may use: its GPU, or its share of the memory left."""
+    """Bytes that one of the `local` ranks of this machine may use: its GPU, or its part of the memory left."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     info = Path("/proc/meminfo")
@@ -218,7 +218,7 @@ class Flops(TorchDispatchMode):
     # torch's own FlopCounterMode also tells modules apart, by hooks that do not allow GradCache's autograd.grad.
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
-        # addmm_ and the like, which write in place, are not in torch's table, their twins are.
+        # addmm_ and the like, which write in place, are not in torch's table, but those that do not are.
         name = function.__name__.partition(".")[0].removesuffix("_")
         formula = flop_registry.get(getattr(torch.ops.aten, name, None))
         if formula:

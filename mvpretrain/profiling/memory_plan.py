@@ -1,23 +1,22 @@
 """What a run will take in memory, rank by rank and item by item, before it starts: `mvpretrain train RECIPE --dry-run`.
 
 The towers are run on a few rows and every tensor's life is followed; an operation's bytes are a constant and a multiple
-of the rows, so that any number of rows follows. What engines hold beside is counted from their rules, and was compared
+of the rows, so that any number of rows follows. What engines hold besides is counted from their rules, and was compared
 with measured runs by tools/bench/memory_plan.py.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import defaultdict
 from collections.abc import Callable
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from mvpretrain.distributed.collectives import SingleProcess
-from mvpretrain.engine.optimizer import build_optimizer
+from mvpretrain.engine.optimizer import build_optimizer, same_kind
 from mvpretrain.model.task import Task
 from mvpretrain.profiling.measure import Live, Passes, byte_count, passes
 from mvpretrain.recipe import Recipe
@@ -31,7 +30,7 @@ ALLOCATOR = 160 * 2**20  # bytes of a process that glibc holds between live tens
 
 
 class Setting(NamedTuple):
-    """What a plan depends on beside the model."""
+    """What a plan depends on besides the model."""
 
     kind: str  # none, ddp, zero0 to zero3
     ranks: int
@@ -56,10 +55,10 @@ class Setting(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Bytes of one rank by item at each moment of a step; `beside` is memory of the machine, not of the rank."""
+    """Bytes of one rank by item at each moment of a step; `machine` is memory of the machine, not of the rank."""
 
     moments: dict[str, dict[str, int]]
-    beside: dict[str, int]
+    machine: dict[str, int]
 
     @property
     def totals(self) -> dict[str, int]:
@@ -70,22 +69,20 @@ class Plan(NamedTuple):
         return max(self.totals.values())
 
 
-class Optimizer(NamedTuple):
+class OptimizerBytes(NamedTuple):
     """Bytes of an optimiser: its state, and what it needs at once while it steps."""
 
     state: int
     working: int
 
 
-def optimizer(chosen: torch.optim.Optimizer, parts: int | None, on: str) -> Optimizer:
-    """What the optimiser holds on one rank, by steps of a twin whose tensors have no memory.
+def optimizer_bytes(chosen: torch.optim.Optimizer, parts: int | None, on: str) -> OptimizerBytes:
+    """What the optimiser holds on one rank, by steps of one of its kind whose tensors have no memory.
 
-    `parts`: among how many ranks ZeRO shares it out, None without ZeRO. Where torch cannot step without memory (an
+    `parts`: among how many ranks ZeRO divides it, None without ZeRO. Where torch cannot step without memory (an
     optimiser that reads its numbers), two numbers a weight, as Adam has, are assumed.
     """
-    twin = object.__new__(type(chosen))  # whatever arguments its constructor needs
-    twin.__dict__.update(chosen.__dict__)
-    twin.state, twin.param_groups = defaultdict(dict), []
+    groups: list[dict[str, Any]] = []
     for group in chosen.param_groups:
         shapes = [p.shape for p in group["params"]]
         if parts:  # DeepSpeed hands over one flat piece a group
@@ -94,17 +91,18 @@ def optimizer(chosen: torch.optim.Optimizer, parts: int | None, on: str) -> Opti
         for member in members:
             member.grad = torch.empty_like(member)
         fast = {"foreach": True} if "foreach" in group and on == "cuda" else {}
-        twin.param_groups.append({**group, **fast, "fused": None, "params": members})
+        groups.append({**group, **fast, **({"fused": None} if "fused" in group else {}), "params": members})
     try:
+        trial = same_kind(chosen, groups)
         with Live(torch.device("meta"), nn.Module()) as first:
-            twin.step()
+            trial.step()
         with Live(torch.device("meta"), nn.Module()) as later:
-            twin.step()
-    except (RuntimeError, NotImplementedError):
-        whole = sum(p.numel() * 4 for group in twin.param_groups for p in group["params"])
-        return Optimizer(2 * whole, whole)
+            trial.step()
+    except (RuntimeError, NotImplementedError, ValueError):
+        whole = sum(p.numel() * 4 for group in groups for p in group["params"])
+        return OptimizerBytes(2 * whole, whole)
     fused = any(group.get("fused") for group in chosen.param_groups)
-    return Optimizer(first.live, 0 if fused else max(later.curve).live)
+    return OptimizerBytes(first.live, 0 if fused else max(later.curve).live)
 
 
 class Model(NamedTuple):
@@ -112,7 +110,7 @@ class Model(NamedTuple):
 
     recipe: Recipe
     passes: Passes
-    optimizer: Callable[[int | None, str], Optimizer]
+    optimizer: Callable[[int | None, str], OptimizerBytes]
     weights: int  # bytes of all parameters, the teacher's too, and of buffers twice, its queue among them
     trained: int  # bytes of those that have a gradient
     can_checkpoint: tuple[str, ...]  # towers that could, and do not yet
@@ -126,7 +124,7 @@ def study(recipe: Recipe, task: Task, batch: Batch, device: torch.device, precis
     return Model(
         recipe,
         passes(task, batch, device, precision),
-        cache(partial(optimizer, chosen)),
+        cache(partial(optimizer_bytes, chosen)),
         # Engines keep a second copy of buffers during a step, to undo it.
         sum(byte_count(x) for x in (*task.parameters(), *task.buffers(), *task.buffers())),
         sum(byte_count(p) for p in task.parameters() if p.requires_grad),
@@ -136,13 +134,13 @@ def study(recipe: Recipe, task: Task, batch: Batch, device: torch.device, precis
 
 
 def plan(model: Model, setting: Setting) -> Plan:
-    """Bytes by item at each moment of a step, and what the machine needs beside."""
+    """Bytes by item at each moment of a step, and what the machine needs besides."""
     recipe, cut = model.recipe, setting.at_a_time < setting.rows
     state = model.optimizer(setting.ranks if setting.stage else None, setting.device.type)
-    always, beside = held(model, setting, state)
+    always, machine = held(model, setting, state)
     columns, queue = len(recipe.columns()), recipe.teacher.queue if recipe.teacher else 0
-    local, every = setting.rows + queue // setting.ranks, setting.batch + queue
-    objective = recipe.objective.memory(columns, local, every, recipe.dim)
+    local, gathered = setting.rows + queue // setting.ranks, setting.batch + queue
+    objective = recipe.objective.memory(columns, local, gathered, recipe.dim)
     forward, backward, again = model.passes.at(setting.at_a_time)
     if cut:
         # GradCache keeps the whole table and its gradient while it goes through the rows again.
@@ -152,7 +150,7 @@ def plan(model: Model, setting: Setting) -> Plan:
             "backward": {"activations": max(again).live + table, "gradients": model.trained},
         }
         if setting.stage:
-            moments["reduce"] = {"gradients": model.trained, BUCKETS: bucket(model, setting, model.trained)}
+            moments["reduce"] = {"gradients": model.trained, BUCKETS: bucket_bytes(model, setting, model.trained)}
     else:
         most = max(backward, key=lambda m: m.live - m.gradients + reduced(model, setting, m.gradients)[1])
         name, gradients = reduced(model, setting, most.gradients)
@@ -168,11 +166,11 @@ def plan(model: Model, setting: Setting) -> Plan:
     moments["optimizer"] = {"gradients": gradients, "optimizer at work": state.working}
     # A bucket that is held anyway is the same one.
     lasting = {k: v for k, v in always.items() if v}
-    return Plan({name: lasting | items | lasting for name, items in moments.items()}, beside)
+    return Plan({name: lasting | items | lasting for name, items in moments.items()}, machine)
 
 
-def held(model: Model, setting: Setting, state: Optimizer) -> tuple[dict[str, int], dict[str, int]]:
-    """(what a rank holds throughout a step, what its machine holds for it beside)."""
+def held(model: Model, setting: Setting, state: OptimizerBytes) -> tuple[dict[str, int], dict[str, int]]:
+    """(what a rank holds throughout a step, what the machine holds for it besides), in bytes by item."""
     stage, on_gpu, piece = setting.stage, setting.device.type == "cuda", model.trained // setting.ranks
     found = {
         "process": model.process,
@@ -180,17 +178,17 @@ def held(model: Model, setting: Setting, state: Optimizer) -> tuple[dict[str, in
         "weights": model.weights // setting.ranks if stage == 3 else model.weights,
         "batch": model.passes.item * (setting.at_a_time if on_gpu else setting.rows),
         "DDP's buckets": model.trained if setting.kind == "ddp" else 0,
-        BUCKETS: bucket(model, setting, 0) if stage == 3 else 0,
+        BUCKETS: bucket_bytes(model, setting, 0) if stage == 3 else 0,
     }
     partition = {0: 0, 1: piece, 2: piece, 3: 2 * piece}[stage]  # fp32 weights; under ZeRO-3 also gradients
     movable = {"optimizer state": state.state, "ZeRO's partition": partition + (piece if setting.offload else 0)}
-    beside = {"loader's batches, by all its workers": loader(model, setting)}
+    machine = {"loader's batches, by all its workers": loader_bytes(model, setting)}
     if setting.offload and on_gpu:
-        return found, beside | {f"{name}, offloaded": count for name, count in movable.items()}
-    return found | movable, beside
+        return found, machine | {f"{name}, offloaded": count for name, count in movable.items()}
+    return found | movable, machine
 
 
-def bucket(model: Model, setting: Setting, gradients: int) -> int:
+def bucket_bytes(model: Model, setting: Setting, gradients: int) -> int:
     """Bytes of DeepSpeed's bucket: a GPU sets it aside whole, on a CPU it is what was written into it."""
     options = model.recipe.engine.options.get("zero_optimization", {})
     whole = 4 * int(options.get("reduce_bucket_size", BUCKET))
@@ -199,10 +197,10 @@ def bucket(model: Model, setting: Setting, gradients: int) -> int:
 
 def reduced(model: Model, setting: Setting, gradients: int) -> tuple[str, int]:
     """(item, bytes) of so many bytes of gradients in the backward: ZeRO moves them into its bucket."""
-    return (BUCKETS, bucket(model, setting, gradients)) if setting.stage else ("gradients", gradients)
+    return (BUCKETS, bucket_bytes(model, setting, gradients)) if setting.stage else ("gradients", gradients)
 
 
-def loader(model: Model, setting: Setting) -> int:
+def loader_bytes(model: Model, setting: Setting) -> int:
     """Bytes of the batches that one rank's workers have ready."""
     config = model.recipe.loader
     ahead = -(-config.prefetch // config.workers) * config.workers if config.workers else 0
@@ -221,7 +219,7 @@ def switches(model: Model, setting: Setting, room: int, checkpointed: Model | No
 
     `checkpointed` is the model whose towers checkpoint their activations, None where none of them can.
     """
-    options = [smaller(model, setting, room)]
+    options = [with_micro_batch(model, setting, room)]
     if checkpointed:
         where = ", ".join(model.can_checkpoint)
         options.append((f"checkpoint_activations=true in towers {where}", checkpointed, setting))
@@ -235,20 +233,20 @@ def switches(model: Model, setting: Setting, room: int, checkpointed: Model | No
     found = [Switch(name, plan(its, to).peak) for name, its, to in options]
     if any(switch.peak <= room for switch in found):
         return found
-    name, its, to = smaller(checkpointed or model, last, room)
+    name, its, to = with_micro_batch(checkpointed or model, last, room)
     together = [f"engine.kind={to.kind}"] if to.kind != setting.kind else []
     together += ["engine.offload=true"] if to.offload != setting.offload else []
     together += ["checkpoint_activations=true"] if checkpointed else []
     return [*found, Switch(" ".join([*together, name]), plan(its, to).peak)] if together else found
 
 
-def smaller(model: Model, setting: Setting, room: int) -> tuple[str, Model, Setting]:
+def with_micro_batch(model: Model, setting: Setting, room: int) -> tuple[str, Model, Setting]:
     """The largest micro-batch that fits into `room`, or that of one row where none does."""
     rows = bisect_right(range(1, setting.rows), room, key=lambda n: plan(model, setting._replace(micro_batch=n)).peak)
     return f"engine.micro_batch={max(1, rows)}", model, setting._replace(micro_batch=max(1, rows))
 
 
-def checkpointed(model: Model, batch: Batch, setting: Setting) -> Model | None:
+def with_checkpointing(model: Model, batch: Batch, setting: Setting) -> Model | None:
     """The model with checkpointed activations in every tower that can, None where none can that does not yet."""
     if not model.can_checkpoint:
         return None

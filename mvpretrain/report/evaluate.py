@@ -16,7 +16,7 @@ from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d
 
 from mvpretrain.data.build import Split, build_stream
 from mvpretrain.distributed.collectives import SingleProcess
-from mvpretrain.evaluation._collect import Table, joined, kept
+from mvpretrain.evaluation._collect import Table, without_padding
 from mvpretrain.evaluation._probes import knn, linear
 from mvpretrain.evaluation.retrieval import retrieval
 from mvpretrain.export.encoder import Exported, exported_views, load
@@ -105,8 +105,8 @@ def embed_split(
             z[name] = exported.tower.embed_features(output)
             found = output, fresh[name](view), raw_features(view)
             features |= {f"{name}/{kind}": values for kind, values in zip(KINDS, found)}
-        parts.append(kept(Embeddings(z, batch.ids, batch.present, batch.labels), features))
-    return joined(parts)
+        parts.append(without_padding(Embeddings(z, batch.ids, batch.present, batch.labels), features))
+    return Table.cat(parts)
 
 
 def untrained(exported: Exported, seed: int) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import random
 import shutil
 from collections.abc import Iterator
@@ -19,7 +20,6 @@ from mvpretrain.distributed import sample_state
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.engine import Engine
 from mvpretrain.files import FORMATS, check_format, move_into_place, write_text
-from mvpretrain.recipe import Recipe
 
 
 class TrainState(NamedTuple):
@@ -32,6 +32,7 @@ class TrainState(NamedTuple):
 
 
 def folder(run: Path) -> Path:
+    """The folder of a run's checkpoints."""
     return run / "checkpoints"
 
 
@@ -60,8 +61,12 @@ def best(run: Path) -> str | None:
     return record["checkpoint"] if record else None
 
 
-def save(run: Path, engine: Engine, recipe: Recipe, state: TrainState) -> Path:
-    """Write the checkpoint of this step; every rank calls it. It appears under its name only when it is whole."""
+def save(run: Path, engine: Engine, state: TrainState, recipe: str, batch: int, keep: int) -> Path:
+    """Write the checkpoint of this step; every rank calls it. It appears under its name only when it is whole.
+
+    `recipe` are the run's settings as YAML, `batch` is the global one. Of the checkpoints, the last `keep` stay, and
+    the best one.
+    """
     rank, collectives = engine.world.rank, engine.world.collectives
     final = folder(run) / f"step-{state.step:08d}"
     partial = final.with_name("." + final.name)
@@ -75,30 +80,30 @@ def save(run: Path, engine: Engine, recipe: Recipe, state: TrainState) -> Path:
     weights = engine.weights()
     if rank == 0:
         save_file(weights, partial / "weights.safetensors")
-        (partial / "recipe.yaml").write_text(recipe.dump())
-        world = {"size": engine.world.size, "kind": engine.world.kind, "batch": recipe.batch}
+        (partial / "recipe.yaml").write_text(recipe)
+        world = {"size": engine.world.size, "kind": engine.world.kind, "batch": batch}
         meta = {"format": FORMATS["checkpoint"], **world, **state._asdict()}
         (partial / "meta.json").write_text(json.dumps(meta, indent=1))
     collectives.largest(0)  # and nobody renames before everyone has written
     if rank == 0:
         move_into_place(partial, final)
-        _prune(run, recipe)
+        _prune(run, keep)
     collectives.largest(0)
     return final
 
 
 def restore(path: Path, engine: Engine) -> TrainState:
-    """Put the engine's state and the generators back, and return the train state.
+    """Put the engine's state and the generators back, and return the train state; every rank calls it.
 
-    ValueError: a state that this engine or this recipe cannot take over.
+    ValueError: a state that this engine or its task cannot take over.
     """
     world = engine.world
     meta = refuse_other_world(path, world.kind, world.size)
     engine.restore(path)
     sample_state.restore(engine.task, path)
     generators = path / f"rank-{world.rank}.pt"
-    if generators.is_file():
-        _set_generators(torch.load(generators, weights_only=False))
+    if generators.is_file():  # a checkpoint of fewer ranks has none for this one
+        _set_generators(generators)
     return TrainState(
         meta["step"], Cursor(meta["cursor"][0], tuple(meta["cursor"][1])), meta["skipped"], meta["metrics"]
     )
@@ -148,7 +153,7 @@ def different_keys(one: Any, other: Any, above: str = "") -> Iterator[str]:
 
 
 def note_best(run: Path, step: int, metric: str, value: float, collectives: Collectives) -> bool:
-    """Remember this step as the best one if it is; every rank calls it and gets the same answer."""
+    """Write down this step as the best one if it is; every rank calls it and gets rank 0's answer."""
     better = False
     if collectives.rank == 0:
         record = _best(run)
@@ -168,8 +173,8 @@ def _best(run: Path) -> dict[str, Any] | None:
     return record if record and (folder(run) / record["checkpoint"] / "meta.json").is_file() else None
 
 
-def _prune(run: Path, recipe: Recipe) -> None:
-    for old in saved(run)[: -recipe.checkpoint.keep]:
+def _prune(run: Path, keep: int) -> None:
+    for old in saved(run)[:-keep]:
         if old.name != best(run):
             shutil.rmtree(old)
 
@@ -183,7 +188,16 @@ def _generators() -> dict[str, Any]:
     }
 
 
-def _set_generators(state: dict[str, Any]) -> None:
+def _set_generators(path: Path) -> None:
+    """Put the states of `_generators` back. ValueError: the file holds anything else, of which nothing is run."""
+    numbers = np.zeros(1, np.uint32)
+    # numpy's state holds such an array, which torch does not unpickle unless these are named.
+    names = [np.ndarray, np.dtype, type(numbers.dtype), numbers.__reduce__()[0]]
+    try:
+        with torch.serialization.safe_globals(names):
+            state = torch.load(path, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than the states of random generators; remove it to draw afresh") from error
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from mvpretrain.distributed.gather import BatchMean
-from mvpretrain.types import Embeddings
 from mvpretrain.testing.tables import draw, table
+from mvpretrain.types import Embeddings
 
 VALID = torch.arange(12) % 5 != 3
 

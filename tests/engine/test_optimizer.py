@@ -10,7 +10,7 @@ from torch import nn
 
 from mvpretrain import objectives
 from mvpretrain.distributed.collectives import SingleProcess
-from mvpretrain.engine.optimizer import OptimizerConfig, build_optimizer, decays, parameter_groups
+from mvpretrain.engine.optimizer import OptimizerConfig, build_optimizer, decays, parameter_groups, same_kind
 from mvpretrain.engine.schedule import ScheduleConfig, set_rate
 from mvpretrain.model.task import Task
 from mvpretrain.model.tower import TowerConfig
@@ -144,3 +144,21 @@ def test_a_task_with_nothing_to_train_is_refused():
     task.requires_grad_(False)
     with pytest.raises(ValueError, match="every parameter is frozen; unfreeze a tower or give it a head"):
         build_optimizer(task, towers, OptimizerConfig())
+
+
+class Needy(torch.optim.SGD):
+    """Its constructor wants what it does not keep."""
+
+    def __init__(self, params: Any, lr: float, secret: int):
+        super().__init__(params, lr=lr)
+
+
+def test_an_optimizer_is_built_again_over_other_parameters():
+    old, new = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([{"params": [old], "lr": 0.5, "base_lr": 0.5}], betas=(0.1, 0.2), weight_decay=0.3)
+    again = same_kind(optimizer, [{**optimizer.param_groups[0], "params": [new]}])
+    assert type(again) is torch.optim.AdamW and not again.state
+    before, after = optimizer.param_groups[0], again.param_groups[0]
+    assert after == {**before, "params": [new]} and after["betas"] == (0.1, 0.2)
+    with pytest.raises(ValueError, match=r"Needy cannot be built from its defaults .*'secret'; let its constructor"):
+        same_kind(Needy([old], 0.1, secret=1), [{"params": [new]}])

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mvpretrain import objectives, recipe
+from mvpretrain import objectives
 from mvpretrain.data.loader import Cursor
 from mvpretrain.distributed import sample_state
 from mvpretrain.engine import encoding
@@ -18,7 +18,7 @@ from mvpretrain.model.heads import HeadConfig
 from mvpretrain.model.teacher import TeacherConfig
 from mvpretrain.training import checkpoint
 from mvpretrain.training.checkpoint import TrainState
-from tests.engine.small import batch_of, engine_of, held, optimizer_of, rows_of, task_of
+from tests.engine.small import ROWS, batch_of, engine_of, held, optimizer_of, rows_of, task_of
 
 HERE = TrainState(3, Cursor(0, (36,)), {}, {})
 
@@ -36,14 +36,6 @@ def advance(engine: Any, start: int, steps: int) -> list[float]:
     return [engine.step(rows_of(batch_of(3, seed=start + i), world.rank, world.size), [1.0]).loss for i in range(steps)]
 
 
-def plan(folder: Path) -> recipe.Recipe:
-    """A recipe that checkpoints may carry; the engines here are made by hand."""
-    views = {f"v{i}": {"kind": "vector", "field": "x", "dim": 4} for i in range(2)}
-    towers = {f"v{i}": {"encoder": {"kind": "mlp", "input": 4}} for i in range(2)}
-    rest = {"data": {"kind": "synthetic"}, "objective": {"kind": "infonce"}, "batch": 12, "steps": 6}
-    return recipe.parse({"run": str(folder), "views": views, "towers": towers, **rest})
-
-
 def evaluated(engine: Any) -> Tensor:
     """What evaluation sees on this rank: all ranks are given the same rows."""
     with encoding(engine) as task:
@@ -57,7 +49,7 @@ def whole_and_resumed(
     engine = noisy(kind, teacher=teacher, micro_batch=micro_batch)
     torch.manual_seed(rank)
     advance(engine, 0, 3)
-    checkpoint.save(folder, engine, plan(folder), HERE)
+    checkpoint.save(folder, engine, HERE, "", ROWS, keep=2)
     losses, seen, weights = advance(engine, 3, 3), evaluated(engine), engine.weights()
     fresh = noisy(kind, teacher=teacher, micro_batch=micro_batch)
     torch.manual_seed(7)  # a new process's generators know nothing of the old
@@ -133,7 +125,7 @@ def test_plain_weights_are_the_model(ranks, kind):
 def written(rank: int, kind: str, folder: Path, norm: str = "batch") -> None:
     engine = noisy(kind, norm)
     advance(engine, 0, 3)
-    checkpoint.save(folder, engine, plan(folder), HERE)
+    checkpoint.save(folder, engine, HERE, "", ROWS, keep=2)
 
 
 def refused(rank: int, kind: str, folder: Path) -> str:
@@ -208,7 +200,7 @@ def learned(engine: Any, start: int, steps: int) -> None:
 def begun(rank: int, kind: str, folder: Path, dtype: torch.dtype) -> None:
     engine = individual(kind, dtype)
     learned(engine, 0, 3)
-    checkpoint.save(folder, engine, plan(folder), HERE)
+    checkpoint.save(folder, engine, HERE, "", ROWS, keep=2)
 
 
 def ended(rank: int, kind: str, folder: Path, dtype: torch.dtype) -> tuple[dict[int, list[float]], dict[str, Tensor]]:
@@ -245,7 +237,7 @@ def test_numbers_by_sample_go_on_with_other_ranks(ranks, tmp_path, kind, dtype, 
 def resumed_alone(folder: Path) -> tuple[dict[int, list[float]], dict[int, list[float]], bool]:
     whole = individual("none", torch.float32)
     learned(whole, 0, 3)
-    checkpoint.save(folder, whole, plan(folder), HERE)
+    checkpoint.save(folder, whole, HERE, "", ROWS, keep=2)
     learned(whole, 3, 3)
     fresh = individual("none", torch.float32)
     checkpoint.restore(checkpoint.find(folder), fresh)

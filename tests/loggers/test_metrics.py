@@ -198,7 +198,7 @@ def test_a_new_file_in_the_folder_is_a_kind_of_recipe(tmp_path, monkeypatch):
     monkeypatch.setattr(loggers, "__path__", [*loggers.__path__, str(tmp_path)])
     parsed = recipe.parse(settings(tmp_path, log={"also": [{"kind": "counting", "name": "n"}]}))
     assert recipe.parse(yaml.safe_load(parsed.dump())) == parsed and "counting" in registry.kinds()
-    assert "logger-counting" in recipe.schema()["$defs"]
+    assert '"counting"' in json.dumps(recipe.schema())
     logger = MetricsLogger(parsed.log, RunInfo(tmp_path / "run", {}, 10, 0), active=True)
     logger.write(1, {"loss": 1.0})
     logger.close()

@@ -1,4 +1,4 @@
-"""Uniformity, spread and effective rank against numpy, and at the two ends: collapsed and spread out."""
+"""Uniformity and spread against numpy, and at the two ends: collapsed and spread out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mvpretrain.model.health import effective_rank, spread, uniformity
+from mvpretrain.model.health import spread, uniformity
 
 
 def sphere(b: int, d: int, seed: int = 0) -> np.ndarray:
@@ -21,20 +21,15 @@ def test_against_numpy(b, d):
     pairs = [np.exp(-2 * np.sum((x[i] - x[j]) ** 2)) for i in range(b) for j in range(b) if i != j]
     assert float(uniformity(z)) == pytest.approx(np.log(np.mean(pairs)), rel=1e-6)
     assert float(spread(z)) == pytest.approx(x.std(axis=0, ddof=1).mean() * np.sqrt(d), rel=1e-9)
-    values = np.linalg.svd(x - x.mean(axis=0), compute_uv=False)
-    p = values[values > 1e-12] / values.sum()
-    assert float(effective_rank(z)) == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-6)
 
 
 def test_collapsed_and_spread():
     collapsed = torch.from_numpy(sphere(1, 8)).repeat(20, 1)
     assert float(uniformity(collapsed)) == pytest.approx(0, abs=1e-6)
     assert float(spread(collapsed)) == pytest.approx(0, abs=1e-9)
-    assert float(effective_rank(collapsed)) < 2
     wide = torch.from_numpy(sphere(2000, 8))
     assert float(uniformity(wide)) < -2.5
     assert float(spread(wide)) == pytest.approx(1, abs=0.02)
-    assert float(effective_rank(wide)) == pytest.approx(8, rel=0.01)
 
 
 @pytest.mark.parametrize("rows", [0, 1])

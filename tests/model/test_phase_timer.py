@@ -23,39 +23,39 @@ def spend(monkeypatch):
 
 
 def test_phases_add_up_and_are_means_over_steps(spend):
-    watch = PhaseTimer()
+    timer = PhaseTimer()
     for _ in range(2):
         for _ in range(3):
-            with watch("encode"):
+            with timer("encode"):
                 spend(0.002)
-        with watch("backward"):
+        with timer("backward"):
             spend(0.01)
         spend(7)
-        watch.step()
-    figures = watch.figures()
+        timer.step()
+    figures = timer.figures()
     assert tuple(figures) == PHASES
     assert figures == pytest.approx({**dict.fromkeys(PHASES, 0), "encode": 6, "backward": 10})  # milliseconds
 
 
 def test_asking_starts_anew(spend):
-    watch = PhaseTimer()
-    assert watch.figures() == dict.fromkeys(PHASES, 0.0)
-    with watch("data"):
+    timer = PhaseTimer()
+    assert timer.figures() == dict.fromkeys(PHASES, 0.0)
+    with timer("data"):
         spend(0.001)
-    assert watch.count == 0 and watch.figures()["data"] == pytest.approx(1)  # the sum, where no step is over
-    assert watch.figures() == dict.fromkeys(PHASES, 0.0)
-    watch.step()
-    assert watch.count == 1 and watch.figures()["data"] == 0 and watch.count == 0
+    assert timer.count == 0 and timer.figures()["data"] == pytest.approx(1)  # the sum, where no step is over
+    assert timer.figures() == dict.fromkeys(PHASES, 0.0)
+    timer.step()
+    assert timer.count == 1 and timer.figures()["data"] == 0 and timer.count == 0
 
 
 def test_a_phase_that_fails_counts_and_an_unknown_one_is_refused(spend):
-    watch = PhaseTimer()
-    with pytest.raises(RuntimeError), watch("gather"):
+    timer = PhaseTimer()
+    with pytest.raises(RuntimeError), timer("gather"):
         spend(0.001)
         raise RuntimeError
-    assert watch.figures()["gather"] == pytest.approx(1)
+    assert timer.figures()["gather"] == pytest.approx(1)
     with pytest.raises(KeyError):
-        watch("forward")
+        timer("forward")
 
 
 class Event:
@@ -82,30 +82,30 @@ class Event:
 
 def test_events_are_read_when_the_device_has_passed_them_and_used_again(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    watch = PhaseTimer(torch.device("cuda"))
+    timer = PhaseTimer(torch.device("cuda"))
     for _ in range(4):
         for phase in ("encode", "backward"):
-            with watch(phase):
+            with timer(phase):
                 Event.clock += 10 if phase == "encode" else 1
-        watch.step()
+        timer.step()
         Event.passed = Event.clock - 11  # the host is one step ahead
-    assert len(watch._pending) == 4 and len(watch._spare) == 4  # of two steps each
-    figures = watch.figures()
-    assert figures["encode"] == 10 and figures["backward"] == 1 and not watch._pending
+    assert len(timer._pending) == 4 and len(timer._free) == 4  # of two steps each
+    figures = timer.figures()
+    assert figures["encode"] == 10 and figures["backward"] == 1 and not timer._pending
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 def test_a_gpu_is_timed_without_being_waited_for():
     device = torch.device("cuda")
-    watch, x = PhaseTimer(device), torch.randn(4096, 4096, device=device)
+    timer, x = PhaseTimer(device), torch.randn(4096, 4096, device=device)
     torch.cuda.synchronize()
     begin = time.perf_counter()
-    with watch("encode"):
+    with timer("encode"):
         for _ in range(50):
             x = x @ x * 1e-2
     ahead = 1000 * (time.perf_counter() - begin)
-    watch.step()
+    timer.step()
     torch.cuda.synchronize()
     took = 1000 * (time.perf_counter() - begin)
-    assert ahead < took / 2 and watch.figures()["encode"] == pytest.approx(took, rel=0.3)
+    assert ahead < took / 2 and timer.figures()["encode"] == pytest.approx(took, rel=0.3)

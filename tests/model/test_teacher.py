@@ -59,20 +59,20 @@ def test_the_teachers_views_are_more_views_without_a_graph():
     assert [name for name, p in task.named_parameters() if p.requires_grad and "teacher" in name] == []
 
 
-def test_the_queue_is_behind_the_batch_and_grows_in_training_only():
+def test_the_queue_comes_after_the_batch_and_grows_in_training_only():
     task, seen = watched()
     task.eval()(batch_of(3))
     task.train()(batch_of(3))
     assert not torch.stack([p[ROWS:] for p in seen.local.present.values()]).any()
     first = seen.local
     task(batch_of(3, seed=1))
-    behind = seen.local.rows(slice(ROWS, None))
-    assert torch.equal(behind.ids, first.ids[ROWS - 8 : ROWS])
+    queued = seen.local.rows(slice(ROWS, None))
+    assert torch.equal(queued.ids, first.ids[ROWS - 8 : ROWS])
     for v in NAMES:
         teacher_rows = v.endswith("teacher")
         wanted = first.present[v][ROWS - 8 : ROWS] if teacher_rows else torch.zeros(8, dtype=torch.bool)
-        assert torch.equal(behind.present[v], wanted)
-        assert torch.equal(behind.z[v], first.z[v][ROWS - 8 : ROWS] if teacher_rows else torch.zeros(8, DIM))
+        assert torch.equal(queued.present[v], wanted)
+        assert torch.equal(queued.z[v], first.z[v][ROWS - 8 : ROWS] if teacher_rows else torch.zeros(8, DIM))
 
 
 def test_rows_without_a_teachers_view_are_not_queued():
@@ -92,15 +92,15 @@ class OneOfTwo(SingleProcess):
         self.rank = rank
 
 
-def test_the_gathered_table_stays_the_ranks_tables_one_after_another():
+def test_the_gathered_table_is_the_ranks_tables_one_after_another():
     tables = [table(2, seed) for seed in (1, 2)]
     for rank in range(2):
         queue = Queue(["view1"], 6, 8, OneOfTwo(rank))
         queue.push(table(2, seed=3), table(2, seed=3))
-        mine, gathered = queue.append_queue(tables[rank], Embeddings.cat(tables))
-        torch.testing.assert_close(gathered.split(2)[rank], mine, rtol=0, atol=0)
-        assert torch.equal(mine.ids, torch.cat([tables[rank].ids, queue.ids[3 * rank : 3 * rank + 3]]))
-        assert not mine.present["view0"][-3:].any() and mine.present["view1"][-3:].all()
+        local, gathered = queue.append_queue(tables[rank], Embeddings.cat(tables))
+        torch.testing.assert_close(gathered.split(2)[rank], local, rtol=0, atol=0)
+        assert torch.equal(local.ids, torch.cat([tables[rank].ids, queue.ids[3 * rank : 3 * rank + 3]]))
+        assert not local.present["view0"][-3:].any() and local.present["view1"][-3:].all()
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.75, 1.0])

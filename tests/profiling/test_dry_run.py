@@ -105,7 +105,7 @@ def test_memory_by_moments_and_whether_it_fits() -> None:
     assert f"{peak}; it fits into 8,192.0 MiB" in text and "switch" not in text
     assert "loader's batches" not in text  # no workers, nothing ahead
     ahead = said({**VALUE, "loader": {"workers": 1, "prefetch": 4}})
-    assert "beside, in the machine's memory: loader's batches, by all its workers" in ahead
+    assert "besides, in the machine's memory: loader's batches, by all its workers" in ahead
     assert "it fits into" in ahead  # the machine's own memory
 
 

@@ -82,7 +82,7 @@ def test_items_that_can_be_counted() -> None:
     # Two texts of 16 ids with their masks, a vector, an id, a label, three marks of presence.
     item = 2 * (16 * 8 + 16) + 48 * 4 + 8 + 8 + 3
     assert at_work["batch"] == 96 * item
-    assert found.beside == {"loader's batches, by all its workers": 4 * 96 * item}
+    assert found.machine == {"loader's batches, by all its workers": 4 * 96 * item}
     memory = model().recipe.objective.memory(3, 96, 96, 32)
     assert found.moments["objective"]["objective"] == memory and "objective" not in at_work
     assert found.peak == max(sum(items.values()) for items in found.moments.values())
@@ -109,7 +109,7 @@ def test_a_gpu_sets_deepspeeds_bucket_aside_and_offloading_moves_the_state_to_th
     assert all(items[memory_plan.BUCKETS] == 4 * 500_000_000 for items in always.values())
     offloaded = memory_plan.plan(model(), gpu._replace(offload=True))
     assert "optimizer state" not in offloaded.moments["optimizer"]
-    assert offloaded.beside["optimizer state, offloaded"] == pytest.approx(weights(), rel=0.01)
+    assert offloaded.machine["optimizer state, offloaded"] == pytest.approx(weights(), rel=0.01)
     small = model()._replace(recipe=recipe_of(options={"zero_optimization": {"reduce_bucket_size": 1000}}))
     assert memory_plan.plan(small, gpu).moments["backward"][memory_plan.BUCKETS] == 4000
 
@@ -141,8 +141,8 @@ def test_the_optimisers_state_is_its_own(kind: str, options: dict[str, Any], sta
     count = sum(4 * p.numel() for p in module.parameters())
     made = optimizer_class(kind)(module.parameters(), lr=0.1, **options)
     before = [p.clone() for p in module.parameters()]
-    assert memory_plan.optimizer(made, None, "cpu").state == state * count
-    assert memory_plan.optimizer(made, 2, "cpu").state == state * count / 2
+    assert memory_plan.optimizer_bytes(made, None, "cpu").state == state * count
+    assert memory_plan.optimizer_bytes(made, 2, "cpu").state == state * count / 2
     assert not made.state and all(torch.equal(p, q) for p, q in zip(module.parameters(), before))
 
 
@@ -150,9 +150,9 @@ def test_adam_steps_all_weights_at_once_on_a_gpu_and_none_beside_where_fused() -
     module = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(8)))
     plain, fused = (torch.optim.AdamW(module.parameters(), fused=fused) for fused in (None, True))
     weight = 4 * 64 * 64
-    assert memory_plan.optimizer(plain, None, "cuda").working == 8 * weight
-    assert memory_plan.optimizer(plain, None, "cpu").working <= 3 * weight
-    assert memory_plan.optimizer(fused, None, "cuda") == (2 * 8 * weight, 0)
+    assert memory_plan.optimizer_bytes(plain, None, "cuda").working == 8 * weight
+    assert memory_plan.optimizer_bytes(plain, None, "cpu").working <= 3 * weight
+    assert memory_plan.optimizer_bytes(fused, None, "cuda") == (2 * 8 * weight, 0)
 
 
 def alive(rank: int, kind: str, micro_batch: int | None) -> int:
@@ -197,7 +197,7 @@ def test_all_switches_together_where_none_is_enough() -> None:
     known = model()._replace(process=0)
     here = setting("none", 1, device=torch.device("cuda"))
     found = memory_plan.switches(
-        known, here, 1000, memory_plan.checkpointed(known, batch_of(recipe_of()), here._replace(device=CPU))
+        known, here, 1000, memory_plan.with_checkpointing(known, batch_of(recipe_of()), here._replace(device=CPU))
     )
     names = [name for name, _ in found]
     assert names[0] == "engine.micro_batch=1"

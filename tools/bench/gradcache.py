@@ -102,9 +102,9 @@ def measured(side: str, options: argparse.Namespace) -> dict[str, Any]:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - begin)
         if step == 0:
-            engine.task.phase_timer.figures()
+            engine.phase_timer.figures()
         assert done.stepped
-    return {"seconds": seconds[1:], "peak": memory.peak(), "phases": engine.task.phase_timer.figures()}
+    return {"seconds": seconds[1:], "peak": memory.peak(), "phases": engine.phase_timer.figures()}
 
 
 def main() -> None:
