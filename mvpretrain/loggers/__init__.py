@@ -10,7 +10,7 @@ from mvpretrain.registry import External, Kind, Registry, build_external
 
 
 class RunInfo(NamedTuple):
-    """What loggers are told of a run before its first step."""
+    """What loggers are given before the first step."""
 
     folder: Path
     recipe: Mapping[str, Any]  # resolved: plain values, as in the run's recipe.yaml

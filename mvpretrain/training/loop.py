@@ -142,7 +142,7 @@ class _Loop:
                 state = self.evaluate_and_save(state, bool(signalled))
                 if signalled:
                     raise Preempted(
-                        f"told to stop after step {state.step} of {settings.steps}; saved, go on with --resume"
+                        f"signalled to stop after step {state.step} of {settings.steps}; saved, go on with --resume"
                     )
 
     def evaluate_and_save(self, state: TrainState, signalled: bool) -> TrainState:

@@ -19,8 +19,8 @@ def launched(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
     def by(size: int = 1, rank: int = 0, **others: str) -> None:
-        place = {} if size == 1 else {"WORLD_SIZE": str(size), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        for name, value in {**place, **others}.items():
+        ranks = {} if size == 1 else {"WORLD_SIZE": str(size), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        for name, value in {**ranks, **others}.items():
             monkeypatch.setenv(name, value)
 
     return by
@@ -70,15 +70,15 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_work_is_refused_in_words(launched, monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    size, settings, told, words = REFUSED[name]
-    launched(size, **told)
+    size, settings, environment, words = REFUSED[name]
+    launched(size, **environment)
     with pytest.raises(ValueError) as refusal:
         resolve(engine(**settings))
     assert all(word in str(refusal.value) for word in words) and "None" not in str(refusal.value), refusal.value
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "environment"),
     [
         ({"kind": "zero2"}, DEEPSPEED),
         ({"kind": "zero1"}, {"ACCELERATE_USE_DEEPSPEED": "true"}),
@@ -87,8 +87,8 @@ def test_what_cannot_work_is_refused_in_words(launched, monkeypatch, name):
         ({}, {"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_DEEPSPEED": "false"}),
     ],
 )
-def test_a_launcher_that_agrees_is_let_through(launched, settings, told):
-    launched(2, **told)
+def test_a_launcher_that_agrees_is_let_through(launched, settings, environment):
+    launched(2, **environment)
     resolve(engine(**settings))
 
 

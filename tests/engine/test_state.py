@@ -86,25 +86,25 @@ def test_going_on_in_one_process(tmp_path, micro_batch):
     assert len(weights) == len(noisy("none").task.state_dict())
 
 
-TAUGHT = TeacherConfig(momentum=0.5, views=("v1", "v2"), queue=16)
+WITH_TEACHER = TeacherConfig(momentum=0.5, views=("v1", "v2"), queue=16)
 
 
-def assert_taught(equals: dict[str, bool], weights: dict[str, Tensor]) -> None:
+def assert_teacher_moved(equals: dict[str, bool], weights: dict[str, Tensor]) -> None:
     assert all(equals.values()), equals
     ids, name = weights["teacher.queue.ids"], "head.0.weight"
-    assert len(ids) == TAUGHT.queue and not (ids == -1).any()
+    assert len(ids) == WITH_TEACHER.queue and not (ids == -1).any()
     assert not torch.equal(weights[f"teacher.towers.t0.{name}"], weights[f"towers.t0.{name}"])
 
 
 @pytest.mark.parametrize(("kind", "micro_batch"), [("ddp", None), ("ddp", 3), ("zero1", None), ("zero3", None)])
 def test_going_on_with_a_teacher_and_its_queue(ranks, tmp_path, kind, micro_batch):
-    (equals, _, weights), (others, *_) = ranks(2).run(whole_and_resumed, kind, tmp_path, micro_batch, TAUGHT)
-    assert_taught(equals | {f"{name} on rank 1": one for name, one in others.items()}, weights)
+    (equals, _, weights), (others, *_) = ranks(2).run(whole_and_resumed, kind, tmp_path, micro_batch, WITH_TEACHER)
+    assert_teacher_moved(equals | {f"{name} on rank 1": one for name, one in others.items()}, weights)
 
 
 def test_going_on_with_a_teacher_in_one_process(tmp_path):
-    equals, _, weights = whole_and_resumed(0, "none", tmp_path, None, TAUGHT)
-    assert_taught(equals, weights)
+    equals, _, weights = whole_and_resumed(0, "none", tmp_path, None, WITH_TEACHER)
+    assert_teacher_moved(equals, weights)
 
 
 def weights_and_embedding(rank: int, kind: str) -> tuple[dict[str, Tensor], Tensor]:

@@ -121,9 +121,9 @@ def test_products_of_many_views_keep_their_direction():
     n, views = 50, 20
     make = torch.Generator().manual_seed(0)
     z = normalize(torch.rand(n, 64, generator=make), dim=1)  # coordinates about 1/8: their product is about 1e-17
-    every = {f"v{i}": z for i in range(views)}
-    full = {v: torch.ones(n, dtype=torch.bool) for v in every}
-    t = Table(every, {}, torch.arange(n), full, torch.full((n,), -1))
+    columns = {f"v{i}": z for i in range(views)}
+    full = {v: torch.ones(n, dtype=torch.bool) for v in columns}
+    t = Table(columns, {}, torch.arange(n), full, torch.full((n,), -1))
     made = module.fused(t, "v0", "product").z["product"]
     expected = z.double().pow(views - 1)
     expected = expected / expected.norm(dim=1, keepdim=True)

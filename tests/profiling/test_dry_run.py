@@ -37,7 +37,7 @@ VALUE: dict[str, Any] = {
 
 
 def shown(value: dict[str, Any], memory: int | None = None) -> tuple[str, Plan]:
-    """The preview's text, every run of spaces and table lines made one space, and its plan."""
+    """The dry run's text, every run of spaces and table lines made one space, and its plan."""
     console = Console(file=io.StringIO(), width=200)
     plan = print_dry_run(recipe.parse(value), console, memory)
     assert isinstance(console.file, io.StringIO)

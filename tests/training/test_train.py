@@ -1,4 +1,4 @@
-"""The program itself: runs that are killed, told to stop, resumed, and started wrongly."""
+"""The program itself: runs that are killed, signalled to stop, resumed, and started wrongly."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_killed_run_resumes_bit_for_bit(tmp_path, kind, ranks, micro_batch):
     assert_timed(tmp_path / "whole")
 
 
-def test_told_to_stop_it_saves_exits_75_and_goes_on_with_other_ranks(tmp_path):
+def test_signalled_to_stop_it_saves_exits_75_and_goes_on_with_other_ranks(tmp_path):
     long = recipe(tmp_path, "long", steps=400)
     code = interrupted(tmp_path / "long" / "log.jsonl", 5, signal.SIGTERM, 1, long, "engine.kind=none")
     assert code == 75
