@@ -95,6 +95,13 @@ def test_arithmetic_is_at_most_geometric():
 
 @pytest.mark.parametrize("k", [2, 5])
 @form_of
+def test_anchors_without_positives_leave_no_nan_behind(form, k):
+    whole = leaves(table(k, dtype=torch.float64))  # row 4 has neither the first view nor the last
+    assert_finite(build(config(form), k)(whole, whole), whole)
+
+
+@pytest.mark.parametrize("k", [2, 5])
+@form_of
 def test_perfect_alignment_and_a_single_sample_are_finite(form, k):
     whole = orthonormal(k)
     assert_finite(build(config(form), k)(whole, whole), whole)
