@@ -16,7 +16,7 @@ from mvpretrain.objectives import ObjectiveConfig
 from mvpretrain.testing._building import DIM, build, numbers_of_views, parameters, state_of
 from mvpretrain.testing._laws import described, law, require, require_close
 from mvpretrain.testing.tables import ROWS, SPLITS, draw, ids_and_presence, labels_of, names
-from mvpretrain.types import Embeddings
+from mvpretrain.types import ChoosesGather, Embeddings
 
 WIDTH = 5  # of the inputs of linear towers
 
@@ -42,7 +42,8 @@ def outcome(rank: int, config: ObjectiveConfig, k: int, dtype: torch.dtype, step
         ids, present = ids_and_presence(k, seed=step)
         mine = Embeddings(inputs, ids, present, labels_of(ids)).rows(rows_of_rank(rank, size, step))
         mine = mine._replace(z={v: normalize(x @ towers[f"tower/{v}"], dim=1) for v, x in mine.z.items()})
-        losses = objective(*gather_embeddings(mine, collectives, getattr(objective, "gathers", None)))
+        gathers = objective.gathers if isinstance(objective, ChoosesGather) else None
+        losses = objective(*gather_embeddings(mine, collectives, gathers))
         losses.total.backward()
         values.append(mean(losses.total.detach(), collectives))
         parts.append({name: mean(x, collectives) for name, x in losses.parts.items()})
