@@ -42,9 +42,14 @@ def described(config: Kind) -> str:
 
 @contextmanager
 def law(name: str, subject: str) -> Iterator[None]:
-    """Whatever goes wrong inside is an AssertionError that names the law and what it was checked on."""
+    """Whatever goes wrong inside is an AssertionError that names the law and what it was checked on.
+
+    Only a library that is not installed is no broken law: ModuleNotFoundError stays.
+    """
     try:
         yield
+    except ModuleNotFoundError:
+        raise
     except AssertionError as error:
         raise AssertionError(f"{subject} breaks the law of {name}: {error}") from error.__cause__
     except Exception as error:

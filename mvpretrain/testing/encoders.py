@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mvpretrain import encoders
 from mvpretrain.encoders import EncoderConfig
 from mvpretrain.testing._laws import described, law, require, require_close, require_finite, settings_of
-from mvpretrain.types import Encoder, View
+from mvpretrain.types import Encoder, RecomputesActivations, View
 
 ROWS = 3
 FILLER = 1e3  # what padding holds, where items are floats
@@ -161,7 +161,7 @@ def mixed(view: View, blank: View) -> View:
 def check_checkpointing(config: EncoderConfig, view: View) -> None:
     """Where activations can be recomputed in the backward pass, gradients and parameter names stay."""
     encoder = build(config)
-    if not hasattr(encoder, "checkpoint_activations"):
+    if not (isinstance(encoder, nn.Module) and isinstance(encoder, RecomputesActivations)):
         return
     gradients: list[list[Tensor]] = []
     names = list(encoder.state_dict())
@@ -169,7 +169,10 @@ def check_checkpointing(config: EncoderConfig, view: View) -> None:
         encoder.zero_grad()
         encoder(view).square().mean().backward()
         gradients.append([p.grad.clone() for p in trainable(encoder).values() if p.grad is not None])
-        encoder.checkpoint_activations()
+        try:
+            encoder.checkpoint_activations()
+        except ValueError:
+            return  # this very model cannot, and says so
     require(list(encoder.state_dict()) == names, "its state dict has other names with recomputed activations")
     for name, once, twice in zip(trainable(encoder), *gradients, strict=True):
         require_close(twice, once, 1e-4, 1e-6, f"the gradient of {name} with recomputed activations")

@@ -158,16 +158,10 @@ def check_extremes(config: ObjectiveConfig, k: int) -> None:
 
 
 def require_finite_results(objective: Objective, whole: Embeddings, when: str) -> None:
-    # Also on the way: a NaN that a mask takes out again would stop everyone who looks for another one.
-    with torch.autograd.set_detect_anomaly(True):
-        losses = objective(whole, whole)
-        for name, x in ({"total": losses.total} | losses.parts).items():
-            require_finite(x, f"{name} {when}")
-        try:
-            gradients = row_gradients(losses.total, whole)
-        except RuntimeError as error:
-            raise AssertionError(f"the gradient is not finite on its way {when}: {error}") from error
-    for v, gradient in gradients.items():
+    losses = objective(whole, whole)
+    for name, x in ({"total": losses.total} | losses.parts).items():
+        require_finite(x, f"{name} {when}")
+    for v, gradient in row_gradients(losses.total, whole).items():
         require_finite(gradient, f"the gradient of {v} {when}")
 
 
@@ -222,7 +216,8 @@ def check_state(config: ObjectiveConfig, k: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         sample_state.save(first, Path(folder), 0)
         sample_state.restore(second, Path(folder))
-    first.eval(), second.eval()
+    for objective in (first, second):
+        objective.eval()
     before = state_of(first)
     values = [float(objective(table(k, 1), table(k, 1)).total.detach()) for objective in (first, first, second)]
     require(values[0] == values[1], f"the same batch is worth {values[0]:.9g} and then {values[1]:.9g} in evaluation")
@@ -230,7 +225,8 @@ def check_state(config: ObjectiveConfig, k: int) -> None:
     require(same, f"a batch worth {values[0]:.9g} is worth {values[2]:.9g} after saving and loading")
     for name, x in state_of(first).items():
         require_close(x, before[name], 0, 0, f"the state {name} after evaluation")
-    first.train(), second.train()
+    for objective in (first, second):
+        objective.train()
     one, other = (objective(table(k, 1), table(k, 1)).total for objective in (first, second))
     require_close(other, one, 1e-5, 1e-6, "the next training step's value after saving and loading")
 
@@ -241,8 +237,8 @@ Views = Callable[[list[int]], list[int]]  # of the numbers of views that the set
 LAWS: tuple[tuple[str, Callable[[ObjectiveConfig, int], None], Views], ...] = (
     ("scalars", check_scalars, lambda views: views),
     ("matching", check_matching, lambda views: views[-2:][:1]),
-    ("permutation", check_permutation, lambda views: views),
-    ("absence", check_absence, lambda views: views),
+    ("permutation", check_permutation, lambda views: views[:2]),
+    ("absence", check_absence, lambda views: views[:2]),
     ("ids", check_ids, lambda views: views[:1]),
     ("extremes", check_extremes, lambda views: views[:2]),
     ("dtypes", check_dtypes, lambda views: views[-2:][:1]),

@@ -15,7 +15,7 @@ from mvpretrain.testing.encoders import example
 from mvpretrain.types import View
 
 EXAMPLES = {f"{kind}-{i}": x for kind in registry.kinds() for i, x in enumerate(settings_of(registry, kind))}
-IMAGES = [name for name, config in EXAMPLES.items() if example(config).data.ndim == 4]
+IMAGES = [name for name in EXAMPLES if name.startswith(("conv", "resnet", "timm", "vit"))]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -40,7 +40,7 @@ def test_recomputed_activations_are_computed_in_the_backward_pass(name: str) -> 
             encoder.checkpoint_activations()  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("name", [*IMAGES, "huggingface-2", "openclip-0"])
 def test_an_image_of_other_channels_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"\(3, .*got \(1, 16, 16\).*channels|\(3, .*got \(1, 16, 16\).*(size|json)"):
         build(EXAMPLES[name])(View(torch.zeros(2, 1, 16, 16)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from mvpretrain.testing.tables import ROWS, table
+from mvpretrain.testing.tables import ROWS, leaves, table
 from mvpretrain.types import Embeddings
 from tests.objectives.checks import (
     assert_finite,
@@ -91,6 +91,13 @@ def test_arithmetic_is_at_most_geometric():
     whole = table(4, dtype=torch.float64)
     found = {form: floats(build(config(form), 4)(whole, whole))["total"] for form in FORMS}
     assert found["arithmetic"] < found["geometric"]
+
+
+@pytest.mark.parametrize("k", [2, 5])
+@form_of
+def test_anchors_without_positives_leave_no_nan_behind(form, k):
+    whole = leaves(table(k, dtype=torch.float64))  # row 4 has neither the first view nor the last
+    assert_finite(build(config(form), k)(whole, whole), whole)
 
 
 @pytest.mark.parametrize("k", [2, 5])

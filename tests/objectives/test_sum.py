@@ -157,5 +157,5 @@ def test_a_recipe_with_a_sum_is_checked_overridden_and_dumped(tmp_path):
 
 def test_the_schema_describes_terms():
     whole = json.loads(json.dumps(recipe.schema()))
-    term = whole["$defs"]["objective-sum"]["$defs"]["Term"]["properties"]
+    term = whole["$defs"]["Term"]["properties"]
     assert term["weight"]["default"] == 1.0 and "objective" in term
