@@ -53,7 +53,10 @@ def direction_loss(
     `weighting(direction, losses, anchors)` gives the losses that the mean is of. The mean is over the anchors of every
     rank; see `BatchMean`.
     """
-    log_sum = sums.lse if others is None else torch.logaddexp(sums.lse, others)
+    log_sum = sums.lse
+    if others is not None:
+        # Rows that are no anchors: where neither sum has a term, the gradient of logaddexp would be NaN.
+        log_sum = torch.logaddexp(*(x.masked_fill(~sums.is_anchor, 0) for x in (sums.lse, others)))
     mean = BatchMean.over(sums.anchor_count, local, gathered, log_sum.dtype)
     losses = (log_sum - scale * sums.positive).masked_fill(~sums.is_anchor, 0)
     losses = losses if weighting is None else weighting(direction, losses, sums.is_anchor)
