@@ -67,9 +67,11 @@ def draw_probes(axes: Axes, probes: Sequence[Mapping[str, Any]]) -> None:
     middles, dots = [], []
     for index, kind in enumerate(KINDS):
         places = [place + 0.27 * (index - 1) for place in range(len(probes))]
-        bars = axes.bar(places, [e["linear"][kind] for e in probes], width=0.25, color=COLOURS[kind], label=kind)
-        ink = "white" if kind == "trained" else "black"
-        axes.bar_label(bars, fmt="%.2f", label_type="center", color=ink, fontsize=9, rotation=90 * (len(probes) > 4))
+        values = [entry["linear"][kind] for entry in probes]
+        axes.bar(places, values, width=0.25, color=COLOURS[kind], label=kind)
+        written = {"color": "white" if kind == "trained" else "black", "fontsize": 9, "ha": "center", "va": "center"}
+        for place, value in zip(places, values):  # low in the bar, where no dot is
+            axes.text(place, 0.3 * value, f"{value:.2f}", rotation=90 * (len(probes) > 4), **written)
         middles += places
         dots += [entry["knn"][kind] for entry in probes]
     axes.plot(middles, dots, "o", color="black", ms=5, label="kNN")
