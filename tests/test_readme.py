@@ -71,7 +71,10 @@ def inside(folder: str, ending: str = "") -> set[str]:
 
 
 def tree() -> list[str]:
-    """Every path that the package's map names, in its order: names, two spaces, what they are; indentation says where."""
+    """Every path that the package's map names, in its order.
+
+    A line is names, two spaces and what they are; its indentation says in which folder.
+    """
     named: list[str] = []
     folders: list[str] = []
     for line in blocks("mvpretrain/README.md", "")[0].splitlines():
@@ -179,7 +182,7 @@ def test_modules_and_paths_exist() -> None:
 
 
 def test_the_way_names_files_and_functions_that_are_there() -> None:
-    """In "One sample's way" a name in backticks is of the package: a file, or defined in one of the files named there."""
+    """In "One sample's way" a name in backticks is a file, or defined in one of the files named there."""
     text = section("mvpretrain/README.md", "One sample's way")
     files = [name for name in CODE.findall(text) if name.endswith(".py")]
     assert len(files) > 20 and [name for name in files if not (ROOT / "mvpretrain" / name).exists()] == []
