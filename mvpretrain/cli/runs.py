@@ -25,7 +25,7 @@ def train(
     file: Annotated[Path | None, typer.Option("--json", help="a file for the dry run's memory figures")] = None,
     trust: Trust = False,
 ) -> None:
-    """Train: alone, or started by torchrun, accelerate launch or deepspeed."""
+    """Train: in one process, or on several started by torchrun, accelerate launch or deepspeed."""
     from mvpretrain.recipe import load
 
     settings = load(recipe, overrides or (), trust)
