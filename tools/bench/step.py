@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,7 +175,7 @@ def measured(
         found, phases = logged(folder / "run" / "log.jsonl") if side == "ours" else (LINE.findall(said), {})
     rates, losses = [float(r) for r, _ in found], [float(x) for _, x in found]
     if len(rates) != options.steps:
-        raise SystemExit(f"bench_step: {side} logged {len(rates)} steps of {options.steps}:\n{said[-3000:]}")
+        raise SystemExit(f"tools.bench.step: {side} logged {len(rates)} steps of {options.steps}:\n{said[-3000:]}")
     return Outcome(rates[SKIPPED:-LAST], rank, workers, losses[-1], phases)
 
 
@@ -195,7 +195,7 @@ def launched(command: list[str], folder: Path) -> tuple[float, float, str]:
         output.seek(0)
         said = output.read()
     if running.returncode:
-        raise SystemExit(f"bench_step: {' '.join(command[:3])} failed:\n{said[-3000:]}")
+        raise SystemExit(f"tools.bench.step: {' '.join(command[:3])} failed:\n{said[-3000:]}")
     return rank, workers, said
 
 
@@ -259,9 +259,10 @@ def table(precision: str, found: dict[str, list[Outcome]]) -> None:
     print("ours, ms a step:", ", ".join(f"{phase} {time:.0f}" for phase, time in phases.items()), flush=True)
 
 
-def main() -> None:
-    if sys.argv[1:2] == ["--open-clip"]:
-        their_trainer(sys.argv[2], sys.argv[3:])
+def main(argv: Sequence[str] | None = None) -> None:
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["--open-clip"]:
+        their_trainer(given[1], given[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=9, help=f"a run, of which {SKIPPED + LAST} do not count")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each side")
@@ -270,7 +271,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="folder of photos; without it they are synthetic")
     parser.add_argument("--captions", type=Path, help="their captions, COCO's JSON or {file name: [captions]}")
     parser.add_argument("--model", type=Path, help="open_clip's model config; without it a small ViT/16 at 224 pixels")
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     if options.steps <= SKIPPED + LAST:
         parser.error(
             f"--steps {options.steps}: {SKIPPED + LAST} steps do not count; give at least {SKIPPED + LAST + 1}"
