@@ -15,6 +15,7 @@ last step's, from different initial weights: they should be near each other, and
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import json
 import os
@@ -136,15 +137,10 @@ def theirs(
         "name": "run",
     }
     flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    return [
-        "-m",
-        "tools.bench.step",
-        "--open-clip",
-        str(folder / f"{NAME}.json"),
-        *flags,
-        "--local-loss",
-        "--gather-with-grad",
-    ]
+    # In a file: torchrun would take --logs for a beginning of options of its own.
+    given = folder / "arguments.json"
+    given.write_text(json.dumps([*flags, "--local-loss", "--gather-with-grad"]))
+    return ["-m", "tools.bench.step", "--open-clip", str(folder / f"{NAME}.json"), str(given)]
 
 
 def their_trainer(model: str, arguments: list[str]) -> None:
@@ -182,7 +178,8 @@ def measured(
 def launched(command: list[str], folder: Path) -> tuple[float, float, str]:
     """(MiB of a rank, MiB of workers, all that was said) of a run to its end."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS)]
-    own = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // RANKS)), "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    own = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // RANKS)), "PYTHONPATH": path}
     with (folder / "output").open("w+") as output:
         running = subprocess.Popen(
             [*launcher, *command],
@@ -262,7 +259,7 @@ def table(precision: str, found: dict[str, list[Outcome]]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["--open-clip"]:
-        their_trainer(given[1], given[2:])
+        their_trainer(given[1], json.loads(Path(given[2]).read_text()))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=9, help=f"a run, of which {SKIPPED + LAST} do not count")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each side")
@@ -276,6 +273,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(
             f"--steps {options.steps}: {SKIPPED + LAST} steps do not count; give at least {SKIPPED + LAST + 1}"
         )
+    if not importlib.util.find_spec("pandas"):
+        parser.error('open_clip\'s trainer reads tables, and pandas is not installed: pip install "pandas>=2"')
     model = json.loads(options.model.read_text()) if options.model else MODEL
     with tempfile.TemporaryDirectory() as folder:
         shards = make_shards(options, Path(folder) / "shards")

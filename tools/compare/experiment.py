@@ -51,6 +51,24 @@ class DataSet(NamedTuple):
         return out / "data" / "".join((self.make, *self.packing))
 
 
+AVMNIST = DataSet(
+    make="avmnist",
+    sources=("mnist", "fsdd"),
+    recipe="avmnist",
+    steps=200,
+    settings=(
+        "batch=64",
+        "schedule.warmup=20",
+        "towers.image.encoder.width=8",
+        "towers.audio.encoder={kind: series, channels: 40, strides: [2, 2], width: 64, depth: 2, heads: 2}",
+        "towers.text.encoder.depth=1",
+    ),
+    probed=("image", "audio"),
+    rows=(3000, 1000),
+    note="k = 3: image, spoken digit and caption, paired by class alone.",
+)
+
+
 class Options(NamedTuple):
     """What all runs share."""
 
