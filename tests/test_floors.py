@@ -76,7 +76,7 @@ def crossing(importer: str, target: str) -> str | None:
 
 
 def between_kinds(here: str, there: str) -> str | None:
-    """Why one file of a room may not import another file of it; circles are looked for apart."""
+    """Why one file of a room may not import another file of it; circles are looked for by themselves."""
     for room in REGISTRIES:
         if there.startswith(f"{room}.") and not there.removeprefix(f"{room}.").startswith("_"):
             if here == room:

@@ -51,10 +51,10 @@ def loop(whole: Embeddings, config: dict[str, Any]) -> dict[str, float]:
         losses, hits = [], []
         for i in rows:
             others = [j for j in rows if ids[j] != ids[i]]
-            there = {j: -volume([z[a][i], *(z[v][j] for v in views if v != a)]) / tau for j in [i, *others]}
-            back = {j: -volume([z[a][j], *(z[v][i] for v in views if v != a)]) / tau for j in [i, *others]}
-            losses.append((softmax_loss(there, i, smoothing) + softmax_loss(back, i, smoothing)) / 2)
-            hits.append(((max(there, key=lambda j: there[j]) == i) + (max(back, key=lambda j: back[j]) == i)) / 2)
+            first = {j: -volume([z[a][i], *(z[v][j] for v in views if v != a)]) / tau for j in [i, *others]}
+            second = {j: -volume([z[a][j], *(z[v][i] for v in views if v != a)]) / tau for j in [i, *others]}
+            losses.append((softmax_loss(first, i, smoothing) + softmax_loss(second, i, smoothing)) / 2)
+            hits.append(((max(first, key=lambda j: first[j]) == i) + (max(second, key=lambda j: second[j]) == i)) / 2)
         found[f"loss/{a}"] = sum(losses) / len(rows)
         found[f"accuracy/{a}"] = sum(hits) / len(rows)
     found["volume"] = sum(volume([z[v][i] for v in views]) for i in rows) / len(rows)

@@ -112,9 +112,9 @@ def test_draws_depend_on_ids_and_not_on_places():
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(5))
     shuffled = whole.rows(order)
     for u in range(3):
-        there, here = (_tuples.complete(t, names(3)) for t in (whole, shuffled))
-        for a, b in zip(objective.orders(there, u), objective.orders(here, u)):
-            torch.testing.assert_close(there.z[0][a], here.z[0][b], rtol=0, atol=0)
+        ordered, mixed = (_tuples.complete(t, names(3)) for t in (whole, shuffled))
+        for a, b in zip(objective.orders(ordered, u), objective.orders(mixed, u)):
+            torch.testing.assert_close(ordered.z[0][a], mixed.z[0][b], rtol=0, atol=0)
 
 
 def test_steps_are_counted_in_training_and_saved():
