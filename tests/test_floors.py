@@ -187,6 +187,12 @@ def test_the_house_stands():
     assert not wrong, "\n".join(wrong)
 
 
+def test_tests_stand_in_folders_of_the_rooms():
+    folders = {f.parent.relative_to(ROOT / "tests") for f in (ROOT / "tests").rglob("test_*.py")}
+    lost = [str(f) for f in folders if not (ROOT / "mvpretrain" / f).is_dir() and not (ROOT / f).is_dir()]
+    assert len(folders) > 15 and not lost, lost
+
+
 def test_most_functions_are_short():
     lengths = [(n, f"{path}: {name}") for path, s in sources().items() for name, n in functions(ast.parse(s))]
     share = sum(n <= AIM for n, _ in lengths) / len(lengths)
