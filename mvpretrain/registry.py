@@ -169,16 +169,16 @@ def search_in(folder: Path) -> None:
 
     They stay on the path, for classes that are imported later and for worker processes.
     """
-    for place in (folder, Path.cwd()):
-        if str(place.absolute()) not in sys.path:
-            sys.path.append(str(place.absolute()))
+    for directory in (folder, Path.cwd()):
+        if str(directory.absolute()) not in sys.path:
+            sys.path.append(str(directory.absolute()))
 
 
 def _searched() -> str:
     """The folders of the path in words, those of the interpreter summed up."""
     inside = tuple({sys.prefix, sys.base_prefix, sys.exec_prefix})
-    places = [os.path.abspath(p) for p in sys.path if not os.path.abspath(p).startswith(inside)]
-    return ", ".join([repr(p) for p in dict.fromkeys(places)] + ["the installed packages"])
+    outside = [os.path.abspath(p) for p in sys.path if not os.path.abspath(p).startswith(inside)]
+    return ", ".join([repr(p) for p in dict.fromkeys(outside)] + ["the installed packages"])
 
 
 def check_arguments(config: External, noun: str) -> None:

@@ -76,7 +76,7 @@ def crossing(importer: str, target: str) -> str | None:
 
 
 def between_kinds(here: str, there: str) -> str | None:
-    """Why one file of a room may not import another file of it; circles are looked for apart."""
+    """Why one file of a room may not import another file of it; circles are looked for by themselves."""
     for room in REGISTRIES:
         if there.startswith(f"{room}.") and not there.removeprefix(f"{room}.").startswith("_"):
             if here == room:
@@ -185,6 +185,12 @@ def test_the_house_stands():
     assert len(sources()) > 10
     wrong = violations(sources())
     assert not wrong, "\n".join(wrong)
+
+
+def test_tests_stand_in_folders_of_the_rooms():
+    folders = {f.parent.relative_to(ROOT / "tests") for f in (ROOT / "tests").rglob("test_*.py")}
+    lost = [str(f) for f in folders if not (ROOT / "mvpretrain" / f).is_dir() and not (ROOT / f).is_dir()]
+    assert len(folders) > 15 and not lost, lost
 
 
 def test_most_functions_are_short():

@@ -1,4 +1,4 @@
-"""Folders and recipes from elsewhere run no code: every exploit is tried by the public door, and leaves no mark."""
+"""Folders and recipes from elsewhere run no code: every exploit is tried, and leaves no mark."""
 
 from __future__ import annotations
 

@@ -43,8 +43,8 @@ def embed(
     urls: Annotated[str, typer.Argument(help="tars: paths, braces {0000..0009}, globs, remote urls")],
     out: Annotated[Path, typer.Argument(help="a folder for .npy files, or a .parquet file")],
     view: ViewNames = None,
-    batch: int = 256,
-    limit: int | None = None,
+    batch: Annotated[int, typer.Option(help="samples that are encoded at a time")] = 256,
+    limit: Annotated[int | None, typer.Option(help="only the first so many samples")] = None,
     trust: Trust = False,
 ) -> None:
     """Embed shards with exported encoders; ids and keys are written along."""

@@ -22,7 +22,7 @@ def new(
     out: Annotated[Path | None, typer.Option(help="a YAML file to write; without it the recipe is printed")] = None,
     cache: Cache = None,
 ) -> None:
-    """Write a starter recipe: the fields found in shards as views, their statistics, small encoders; all commented."""
+    """Write a starter recipe, with a comment on every line: fields of shards as views, statistics, small encoders."""
     from mvpretrain.cli.starter import starter
     from mvpretrain.data.guess import guess
     from mvpretrain.recipe import parse

@@ -19,13 +19,15 @@ app = typer.Typer()
 def train(
     recipe: RecipePath,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option(help="go on from the run's last checkpoint")] = False,
-    dry_run: Annotated[bool, typer.Option(help="say what the run would be and take in memory, then stop")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the run's last checkpoint")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say what the run would be and take in memory, then stop")
+    ] = False,
     memory: Memory = None,
     file: Annotated[Path | None, typer.Option("--json", help="a file for the dry run's memory figures")] = None,
     trust: Trust = False,
 ) -> None:
-    """Train: alone, or started by torchrun, accelerate launch or deepspeed."""
+    """Train: in one process, or on several started by torchrun, accelerate launch or deepspeed."""
     from mvpretrain.recipe import load
 
     settings = load(recipe, overrides or (), trust)
@@ -64,7 +66,9 @@ def bench(
     warmup: Annotated[int, typer.Option(help="steps before them")] = 3,
     profile: Annotated[Path | None, typer.Option(help="folder for a profiler's trace of some more steps")] = None,
     file: Annotated[Path | None, typer.Option("--json", help="a file for the figures")] = None,
-    find_micro_batch: Annotated[bool, typer.Option(help="the largest engine.micro_batch that fits, by trial")] = False,
+    find_micro_batch: Annotated[
+        bool, typer.Option("--find-micro-batch", help="the largest engine.micro_batch that fits, by trial")
+    ] = False,
     memory: Memory = None,
     trust: Trust = False,
 ) -> None:

@@ -19,11 +19,13 @@ def pack(
     source: Annotated[Path, typer.Argument(help="a folder of files, or a table: .csv .tsv .jsonl .parquet")],
     out: Annotated[Path, typer.Argument(help="the folder to write")],
     name: Annotated[str, typer.Option(help="shards are called NAME-000000.tar")] = "shard",
-    shard_samples: int = 10_000,
-    shard_bytes: int = 1_000_000_000,
+    shard_samples: Annotated[int, typer.Option(help="the most samples of a shard")] = 10_000,
+    shard_bytes: Annotated[int, typer.Option(help="the most bytes of a shard")] = 1_000_000_000,
     seed: Annotated[int, typer.Option(help="of the shuffle; -1 keeps the order")] = 0,
     field: Annotated[list[str] | None, typer.Option(help="only these fields; column:field in a table")] = None,
-    label_folders: Annotated[bool, typer.Option(help="the first sub-folder's name is the class")] = False,
+    label_folders: Annotated[
+        bool, typer.Option("--label-folders", help="the first sub-folder's name is the class")
+    ] = False,
 ) -> None:
     """Write samples to WebDataset tars, with their index."""
     from mvpretrain.shards.pack import pack
@@ -91,8 +93,8 @@ def check(
 def show(
     urls: Urls,
     out: Annotated[Path, typer.Option(help="NAME.html, or NAME.png for a contact sheet")] = Path("shards.html"),
-    count: int = 24,
-    seed: int = 0,
+    count: Annotated[int, typer.Option(help="samples on the page")] = 24,
+    seed: Annotated[int, typer.Option(help="of the choice of samples")] = 0,
     cache: Cache = None,
 ) -> None:
     """A page of samples, all fields side by side."""

@@ -70,7 +70,7 @@ def starter(guess: Guess, run: str, command: str, name: str, cache: Path | None 
         f"# {guess.train_samples + guess.eval_samples:,} samples. A start, of which every line may change, by",
         f"#   {one_line(command)}",
         f"#   mvpretrain train {name} --dry-run     what it would be, and whether it fits into memory",
-        f"#   mvpretrain train {name}               alone; under torchrun, accelerate or deepspeed the same recipe",
+        f"#   mvpretrain train {name}               one process; or the same under torchrun, accelerate or deepspeed",
         f"#   mvpretrain recipe show {name}         every setting there is, with its default",
         *(f"# Not a view: {one_line(field)}: {one_line(why)}." for field, why in guess.others.items()),
     ]

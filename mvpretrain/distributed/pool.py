@@ -44,7 +44,7 @@ class Pool:
         answers = self._collect(timeout)
         failures = [error for error, _ in answers.values() if error is not None]  # the first is the cause of the others
         if len(answers) < self.size or len(failures) not in (0, self.size):
-            self.close()  # the ranks are in different places of the program: their collectives no longer match
+            self.close()  # the ranks are at different calls of the program: their collectives no longer match
         if failures:
             raise failures[0]
         if len(answers) < self.size:

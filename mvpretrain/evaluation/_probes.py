@@ -56,7 +56,7 @@ def linear_guesses(
 
 def _fitted(x: np.ndarray, y: np.ndarray, strength: float) -> LogisticRegression:
     with warnings.catch_warnings():
-        # Where 300 iterations do not settle the weights of a weak penalty, the accuracy has settled long before.
+        # Under a weak penalty the weights may still move after 300 iterations; the accuracy no longer does.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return LogisticRegression(C=strength, max_iter=300, tol=1e-3).fit(x, y)
 

@@ -101,8 +101,8 @@ def exported_views(folder: str | Path) -> dict[str, Path]:
     ValueError: it is no export, or what it calls a view is no name.
     """
     folder = Path(folder)
-    alone = (folder / "config.json").is_file()
-    sources = [folder] if alone else sorted(path.parent for path in folder.glob("*/config.json"))
+    single = (folder / "config.json").is_file()
+    sources = [folder] if single else sorted(path.parent for path in folder.glob("*/config.json"))
     if not sources:
         raise ValueError(
             f"{str(folder)!r} is no export: it holds no config.json and no folder with one; "

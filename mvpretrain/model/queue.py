@@ -43,10 +43,10 @@ class Queue(nn.Module):
 
     def table(self, like: Embeddings) -> Embeddings:
         """The rows as a table of the same views: those of the students are absent."""
-        places = {v: i for i, v in enumerate(self.views)}
+        index = {v: i for i, v in enumerate(self.views)}
         nothing, absent = torch.zeros_like(self.z[0]), torch.zeros_like(self.present[0])
-        z = {v: (self.z[places[v]] if v in places else nothing).to(x.dtype) for v, x in like.z.items()}
-        present = {v: self.present[places[v]] if v in places else absent for v in like.present}
+        z = {v: (self.z[index[v]] if v in index else nothing).to(x.dtype) for v, x in like.z.items()}
+        present = {v: self.present[index[v]] if v in index else absent for v in like.present}
         return Embeddings(z, self.ids, present, self.labels)
 
     @torch.no_grad()

@@ -38,7 +38,7 @@ class TowerConfig(Config):
 class Tower(nn.Module):
     """An encoder and its head, or several heads side by side: `View -> b dim`, not normalised.
 
-    ValueError: settings that cannot be built; it begins with `key`, the tower's place in a recipe.
+    ValueError: settings that cannot be built; the text begins with `key`, the tower's key in a recipe.
     """
 
     def __init__(self, config: TowerConfig, dim: int, heads: int = 1, key: str = "tower"):
@@ -88,8 +88,8 @@ def by_length(encoder: nn.Module, view: View, groups: int) -> Tensor:
             f"length_groups={groups} is for views whose first axis is their length, such as text; this one is "
             f"{'x'.join(map(str, view.data.shape[1:]))} a sample; set length_groups=1 for its tower"
         )
-    places = torch.arange(1, view.mask.shape[1] + 1, device=view.mask.device)
-    lengths = (view.mask * places).amax(dim=1).clamp_min(1)
+    positions = torch.arange(1, view.mask.shape[1] + 1, device=view.mask.device)
+    lengths = (view.mask * positions).amax(dim=1).clamp_min(1)
     order = lengths.argsort()
     found = []
     for rows in order.tensor_split(groups):

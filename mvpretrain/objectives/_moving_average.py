@@ -7,7 +7,7 @@ of view a against the other samples' rows of view c, at a temperature tau_i of i
 
 and the objective's log g over the whole data set has the gradient g_i / u_i grad log g_i of a batch.
 
-Shapes: b local rows, n gathered rows, w directions, s slots (an average's places for one id).
+Shapes: b local rows, n gathered rows, w directions, s slots (the averages that one id has).
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class MovingAverages(nn.Module):
         self.directions = directions_of(settings.pairs)
         self.slot = [w // 2 if settings.in_view else w for w in range(len(self.directions))]
         self.slots = self.slot[-1] + 1
-        # Where the batch alone counts, there is nothing to remember.
+        # With gamma 1 an average is the batch's own value: nothing is kept by id.
         self.keeps = extra > 0 or settings.gamma.value < 1
         self.store = SampleState((1 + extra) * self.slots, collectives, settings.device)
         self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))

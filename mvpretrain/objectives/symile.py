@@ -79,7 +79,7 @@ class Symile(nn.Module):
         MIP(z^1, ..., z^k) = sum_d prod_v z_d^v
         l_i^u = -log [ e^(a MIP_i) / (e^(a MIP_i) + sum_t e^(a MIP_(i,t))) ]
 
-    MIP_i is that of the row's own views; MIP_(i,t) has the anchor z_i^u and, in the other k - 1 places, a tuple t of
+    MIP_i is that of the row's own views; MIP_(i,t) has the anchor z_i^u and, in the other k - 1 positions, a tuple t of
     views of any rows:
 
     - `linear`: n tuples. Each other view is put into a random order of its own, and the t-th rows of all orders are the
@@ -87,7 +87,7 @@ class Symile(nn.Module):
       step): they are the same on all ranks, and whatever the order of the samples.
     - `quadratic`: every combination of rows, n^2 tuples with k = 3.
 
-    A tuple whose places are all of the anchor's own sample is the positive, or a copy of it, and no negative; one where
+    A tuple whose views are all of the anchor's own sample is the positive, or a copy of it, and no negative; one where
     only some are stays. With k = 2 both are infonce with equal ids left out of the negatives.
 
     A row that lacks a view has no tuple, neither as an anchor nor for others. Unlike a cosine, the product does not
@@ -133,7 +133,7 @@ class Symile(nn.Module):
     @torch.no_grad()
     def orders(self, gathered: Tuples, u: int) -> list[Int[Tensor, " n"]]:
         """For each view but u, an order of the rows."""
-        # Rows of one id have one hash; what they hold decides between them, so that their place in the table does not.
+        # Rows of one id have one hash; what they hold decides between them, so that their order in the table does not.
         by_content = torch.stack(gathered.z).sum(dim=0)[:, 0].argsort()
         k = len(self.views)
         found = []
@@ -199,6 +199,6 @@ def product(tables: Sequence[Float[Tensor, "n d"]]) -> Float[Tensor, "n d"]:
 
 
 def sample_of(samples: Sequence[Int[Tensor, " t"]]) -> Int[Tensor, " t"]:
-    """Whose sample a tuple is of in all of its places, or MIXED."""
+    """The sample that all views of a tuple are of, or MIXED."""
     same = torch.stack([s == samples[0] for s in samples]).all(dim=0)
     return samples[0].masked_fill(~same, MIXED)

@@ -215,7 +215,7 @@ class Flops(TorchDispatchMode):
         super().__init__()
         self.total = 0
 
-    # torch's own FlopCounterMode also tells modules apart, by hooks that do not allow GradCache's autograd.grad.
+    # torch's own FlopCounterMode also counts by module, with hooks that do not allow GradCache's autograd.grad.
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
         # addmm_ and the like, which write in place, are not in torch's table, but those that do not are.

@@ -26,7 +26,7 @@ BUCKET = 500_000_000  # elements that DeepSpeed reduces at a time, and the size 
 BUCKETS = "DeepSpeed's bucket"
 LIVE = 1_000_000_000  # elements that ZeRO-3 keeps gathered
 COPIES = 2.5  # times the trained weights: what a CPU process holds besides under ZeRO-3, of messages, as measured
-ALLOCATOR = 160 * 2**20  # bytes of a process that glibc holds between live tensors and behind them, as measured
+ALLOCATOR = 160 * 2**20  # bytes of a process that glibc keeps free between live tensors and after them, as measured
 
 
 class Setting(NamedTuple):

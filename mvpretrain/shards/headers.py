@@ -189,7 +189,7 @@ def read_headers(tar: mmap, url: str) -> Headers:
             seen.add(field)
             found.members.append((len(found.keys) - 1, field, offset, size))
     except DamagedTar as cut:
-        # The last sample may have had more members behind the damage.
+        # The last sample may have had more members after the damage.
         whole = [m for m in found.members if m[0] < len(found.keys) - 1]
         return Headers(found.keys[:-1], found.heads[:-1], found.fields, whole, str(cut))
     return found

@@ -58,7 +58,7 @@ class Compaction(NamedTuple):
         return Compaction(self.columns, self.rows, self.empty)
 
     def scatter(self, sums: LogSumExp, valid: Bool[Tensor, " b"]) -> LogSumExp:
-        """The valid rows' sums at their places among all rows; -inf and index 0 elsewhere."""
+        """The valid rows' sums at their positions among all rows; -inf and index 0 elsewhere."""
         argmax = sums.argmax if isinstance(self.columns, slice) else self.columns[sums.argmax]
         whole = LogSumExp(sums.lse.new_full((len(valid),), -torch.inf), torch.zeros_like(valid, dtype=torch.int64))
         whole.lse[self.rows], whole.argmax[self.rows] = sums.lse, argmax.masked_fill(sums.lse == -torch.inf, 0)
@@ -132,7 +132,7 @@ def forward(
 def _add_both(
     tile: Tensor, by_row: tuple[OnlineLogSumExp, slice, Tensor], by_column: tuple[OnlineLogSumExp, slice, Tensor]
 ) -> None:
-    """Add a tile, which is overwritten, to the (sums, place, largest term) of its rows and of its columns."""
+    """Add a tile, which is overwritten, to the (sums, slice, largest term) of its rows and of its columns."""
     (rows, i, row_top), (columns, j, column_top) = by_row, by_column
     top = row_top.amax()
     if top == -torch.inf:

@@ -77,7 +77,7 @@ def run_loop(
     row without a finite loss. Preempted: signalled to stop, after saving.
     """
     engine = wrap(world, module, optimizer, settings.engine, settings.batch)
-    # Ranks draw apart; those that a checkpoint knows go on with what they had.
+    # Every rank draws other numbers; a rank that the checkpoint knows goes on with the state that is saved there.
     seed_generators(settings.seed + 1 + world.rank)
     state = restored(resume_from, engine) if resume_from else TrainState(0, stream.start(), {}, {})
     if world.rank == 0:
@@ -148,9 +148,9 @@ class _Loop:
     def evaluate_and_save(self, state: TrainState, signalled: bool) -> TrainState:
         """Evaluation and checkpoint where they are due."""
         settings = self.settings
-        last, every = state.step == settings.steps, settings.evaluation.every
+        last, interval = state.step == settings.steps, settings.evaluation.every
         improved = False
-        if self.evaluate and (last or (every and state.step % every == 0)):
+        if self.evaluate and (last or (interval and state.step % interval == 0)):
             metrics = self.evaluate(self.engine)
             self.log.write(state.step, metrics)
             state = state._replace(metrics=metrics)

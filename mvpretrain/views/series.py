@@ -134,7 +134,7 @@ def array(raw: Any, config: SeriesConfig) -> Float[Tensor, "steps channels"]:
 
 
 def decode(raw: bytes) -> Any:
-    """npy, npz (a dict) or what torch.save wrote, told apart by content; nothing that could run code is unpickled."""
+    """npy, npz (a dict) or what torch.save wrote, recognised by content; nothing that could run code is unpickled."""
     try:
         if raw.startswith(b"\x93NUMPY"):
             return np.load(io.BytesIO(raw), allow_pickle=False)

@@ -13,7 +13,7 @@ from PIL import Image
 from mvpretrain.data.browse import choose_samples, sheet, show
 from mvpretrain.shards.index import Index
 from mvpretrain.shards.pack import write
-from tests.shards.test_check import picture, tone
+from tests.shards.samples import picture, tone
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from mvpretrain import recipe
 from mvpretrain.data.build import build_stream, count_samples
 from mvpretrain.data.loader import Stream
 from mvpretrain.distributed.pool import Pool
+from mvpretrain.shards.pack import array_bytes
 from mvpretrain.training.train import train
 
 
@@ -72,13 +73,7 @@ def write(folder: Path, *shards: Sequence[dict[str, Any]]) -> str:
 
 
 def encoded(sample: dict[str, Any]) -> dict[str, Any]:
-    return {k: npy(v) if isinstance(v, np.ndarray) else v for k, v in sample.items()}
-
-
-def npy(array: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, array)
-    return stream.getvalue()
+    return {k: array_bytes(v) if isinstance(v, np.ndarray) else v for k, v in sample.items()}
 
 
 def end_of(run: Path) -> tuple[dict[str, Any], list[dict[str, float]]]:

@@ -21,7 +21,7 @@ from mvpretrain.data.sources.shards import ShardsConfig, Tars, Weighted
 from mvpretrain.shards.index import Index
 from mvpretrain.types import Batch, View
 from mvpretrain.views import ViewConfig
-from tests.shards.test_index import samples_of, write_shards
+from tests.shards.samples import samples_of, write_shards
 
 
 class Noisy:

@@ -1,4 +1,4 @@
-"""Every encoder behind the registry is held to the laws of mvpretrain.testing, and each law catches a wrong one."""
+"""Every encoder of the registry is held to the laws of mvpretrain.testing, and each law catches a wrong one."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from mvpretrain.engine.settings import EngineConfig
 from mvpretrain.model.heads import HeadConfig
 from mvpretrain.types import Embeddings, Losses, View
 from tests.engine.small import DIM, ROWS, batch_of, engine_of, optimizer_of, rows_of, task_of
-from tests.engine.test_gradients import CLIP, TOWERS, descended, errors
+from tests.engine.test_gradients import CLIP, TOWERS, errors, weights_after
 
 ZERO = ("zero0", "zero1", "zero2", "zero3")
 PRECISE = [("ddp", torch.float64, 1e-10), *((kind, torch.float32, 2e-5) for kind in ZERO)]
@@ -44,7 +44,7 @@ class Critic(nn.Module):
 @pytest.mark.parametrize(("size", "k", "micro_batch"), [(2, 3, 1), (4, 2, 2)])
 def test_the_gradient_is_that_of_the_plain_step(ranks, kind, dtype, tolerance, size, k, micro_batch):
     batch = batch_of(k, dtype)
-    found = ranks(size).run(descended, kind, k, 2, {}, batch, {"micro_batch": micro_batch})[0]
+    found = ranks(size).run(weights_after, kind, k, 2, {}, batch, {"micro_batch": micro_batch})[0]
     off = errors(found, k, 2, {}, batch)
     assert max(off.values()) < tolerance and any("temperature" in name for name in off), off
 
@@ -52,21 +52,21 @@ def test_the_gradient_is_that_of_the_plain_step(ranks, kind, dtype, tolerance, s
 @pytest.mark.parametrize("micro_batch", [1, 5, ROWS - 1, ROWS, 100])
 def test_one_process(micro_batch):
     batch = batch_of(3, torch.float64)
-    off = errors(descended(0, "none", 3, 2, {}, batch, {"micro_batch": micro_batch}), 3, 2, {}, batch)
+    off = errors(weights_after(0, "none", 3, 2, {}, batch, {"micro_batch": micro_batch}), 3, 2, {}, batch)
     assert max(off.values()) < 1e-10, off
 
 
 @pytest.mark.parametrize(("kind", "dtype", "tolerance"), PRECISE)
 def test_objectives_that_train_modules_of_their_own(ranks, kind, dtype, tolerance):
     batch, changes = batch_of(3, dtype), {"objective": Critic}
-    off = errors(ranks(2).run(descended, kind, 3, 2, changes, batch, {"micro_batch": 2})[0], 3, 2, changes, batch)
+    off = errors(ranks(2).run(weights_after, kind, 3, 2, changes, batch, {"micro_batch": 2})[0], 3, 2, changes, batch)
     assert max(off.values()) < tolerance and any("bilinear" in name for name in off), off
 
 
 @pytest.mark.parametrize("kind", ["ddp", "zero0", "zero2", "zero3"])
 def test_the_clipped_gradient_is_the_one_clipped_by_hand(ranks, kind):
     batch, settings = batch_of(2), {"micro_batch": 2, "clip": CLIP}
-    off = errors(ranks(2).run(descended, kind, 2, 2, {}, batch, settings)[0], 2, 2, {}, batch, CLIP)
+    off = errors(ranks(2).run(weights_after, kind, 2, 2, {}, batch, settings)[0], 2, 2, {}, batch, CLIP)
     assert max(off.values()) < 2e-5, off
 
 
@@ -75,7 +75,7 @@ def test_the_clipped_gradient_is_the_one_clipped_by_hand(ranks, kind):
 def test_towers_that_are_frozen_or_recomputed(ranks, kind, tolerance, name):
     batch = batch_of(3, torch.float64 if kind == "ddp" else torch.float32)
     plain = {key: value for key, value in TOWERS[name].items() if key != "checkpoint_activations"}
-    found = ranks(2).run(descended, kind, 3, 2, TOWERS[name], batch, {"micro_batch": 2})[0]
+    found = ranks(2).run(weights_after, kind, 3, 2, TOWERS[name], batch, {"micro_batch": 2})[0]
     off = errors(found, 3, 2, plain, batch)
     assert max(off.values()) < tolerance, off
 
@@ -94,7 +94,7 @@ class Attending(nn.Module):
 
 def test_attention_of_torch_under_zero_3(ranks):
     batch, changes = batch_of(3), {"encoder": {"kind": "tests.engine.test_gradcache:Attending"}}
-    found = ranks(2).run(descended, "zero3", 3, 2, changes, batch, {"micro_batch": 2})[0]
+    found = ranks(2).run(weights_after, "zero3", 3, 2, changes, batch, {"micro_batch": 2})[0]
     off = errors(found, 3, 2, changes, batch)
     assert max(off.values()) < 2e-5 and any("out_proj" in name for name in off), off
 
@@ -104,7 +104,7 @@ def test_attention_of_torch_under_zero_3(ranks):
 def test_a_view_that_no_row_of_a_rank_has(ranks, kind, tolerance, begin):
     batch = batch_of(3, torch.float64 if kind == "ddp" else torch.float32)
     batch.present["v2"][begin:] = False
-    found = ranks(2).run(descended, kind, 3, 1, {}, batch, {"micro_batch": 2})[0]
+    found = ranks(2).run(weights_after, kind, 3, 1, {}, batch, {"micro_batch": 2})[0]
     off = errors(found, 3, 1, {}, batch)
     assert max(off.values()) < tolerance, off
 
@@ -115,7 +115,7 @@ BARE = {"freeze": True, "encoder": {"width": DIM}, "head": HeadConfig(layers=0)}
 @pytest.mark.parametrize(("kind", "tolerance"), [("ddp", 1e-10), ("zero2", 1e-5), ("zero3", 1e-5)])
 def test_only_the_objective_trains(ranks, kind, tolerance):
     batch = batch_of(3, torch.float64 if kind == "ddp" else torch.float32)
-    found = ranks(2).run(descended, kind, 3, 2, BARE, batch, {"micro_batch": 2})[0]
+    found = ranks(2).run(weights_after, kind, 3, 2, BARE, batch, {"micro_batch": 2})[0]
     off = errors(found, 3, 2, BARE, batch)
     assert max(off.values()) < tolerance and off["objective.log_temperature"] > 0, off
 

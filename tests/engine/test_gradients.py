@@ -15,7 +15,7 @@ from tests.engine.small import batch_of, engine_of, optimizer_of, rows_of, task_
 CLIP = 0.05  # well below the first gradient's norm
 
 
-def descended(rank: int, kind: str, k: int, steps: int, changes: dict, batch: Batch, settings: dict) -> dict:
+def weights_after(rank: int, kind: str, k: int, steps: int, changes: dict, batch: Batch, settings: dict) -> dict:
     """What the engine's weights are after some steps of plain descent with a rate of 1 (runs on every rank)."""
     dtype = next(iter(batch.views.values())).data.dtype
     engine = engine_of(kind, lambda collectives: task_of(k, dtype, collectives, **changes), **settings)
@@ -58,7 +58,7 @@ def errors(
 @pytest.mark.parametrize("size", [2, 4])
 def test_ddp_gradient_is_that_of_one_process(ranks, size, k):
     batch = batch_of(k, torch.float64)
-    found = ranks(size).run(descended, "ddp", k, 1, {}, batch, {})[0]
+    found = ranks(size).run(weights_after, "ddp", k, 1, {}, batch, {})[0]
     off = errors(found, k, 1, {}, batch)
     assert max(off.values()) < 1e-10, off
     assert any("temperature" in name for name in off)
@@ -69,7 +69,7 @@ def test_ddp_gradient_is_that_of_one_process(ranks, size, k):
 @pytest.mark.parametrize("size", [2, 4])
 def test_zero_gradient_is_that_of_one_process(ranks, size, kind, k):
     batch = batch_of(k)
-    off = errors(ranks(size).run(descended, kind, k, 1, {}, batch, {})[0], k, 1, {}, batch)
+    off = errors(ranks(size).run(weights_after, kind, k, 1, {}, batch, {})[0], k, 1, {}, batch)
     assert max(off.values()) < 1e-5, off
 
 
@@ -79,14 +79,14 @@ ENGINES = [("ddp", torch.float64, 1e-10), *((f"zero{stage}", torch.float32, 2e-5
 @pytest.mark.parametrize(("kind", "dtype", "tolerance"), ENGINES)
 def test_weights_after_three_steps(ranks, kind, dtype, tolerance):
     batch = batch_of(3, dtype)
-    off = errors(ranks(2).run(descended, kind, 3, 3, {}, batch, {})[0], 3, 3, {}, batch)
+    off = errors(ranks(2).run(weights_after, kind, 3, 3, {}, batch, {})[0], 3, 3, {}, batch)
     assert max(off.values()) < tolerance, off
 
 
 @pytest.mark.parametrize("kind", ["ddp", "zero0", "zero2", "zero3"])
 def test_the_clipped_gradient_is_the_one_clipped_by_hand(ranks, kind):
     batch = batch_of(2)
-    off = errors(ranks(2).run(descended, kind, 2, 2, {}, batch, {"clip": CLIP})[0], 2, 2, {}, batch, CLIP)
+    off = errors(ranks(2).run(weights_after, kind, 2, 2, {}, batch, {"clip": CLIP})[0], 2, 2, {}, batch, CLIP)
     assert max(off.values()) < 2e-5, off
 
 
@@ -127,7 +127,7 @@ def test_a_view_that_no_row_of_a_rank_has(ranks, kind, tolerance, missing):
     dtype = torch.float64 if kind == "ddp" else torch.float32
     batch = batch_of(3, dtype)
     batch.present["v2"][0 if missing == "everywhere" else 9 :] = False  # rank 1 holds the rows from 9 on
-    off = errors(ranks(2).run(descended, kind, 3, 1, {}, batch, {})[0], 3, 1, {}, batch)
+    off = errors(ranks(2).run(weights_after, kind, 3, 1, {}, batch, {})[0], 3, 1, {}, batch)
     assert max(off.values()) < tolerance, off
 
 
@@ -144,7 +144,7 @@ def test_towers_that_are_frozen_or_recomputed(ranks, kind, tolerance, name):
     """Two views share the first tower here as everywhere."""
     batch = batch_of(3, torch.float64 if kind == "ddp" else torch.float32)
     plain = {key: value for key, value in TOWERS[name].items() if key != "checkpoint_activations"}
-    off = errors(ranks(2).run(descended, kind, 3, 2, TOWERS[name], batch, {})[0], 3, 2, plain, batch)
+    off = errors(ranks(2).run(weights_after, kind, 3, 2, TOWERS[name], batch, {})[0], 3, 2, plain, batch)
     assert max(off.values()) < 2 * tolerance, off
 
 

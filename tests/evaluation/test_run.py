@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 
 import pytest
 import torch
-import yaml
 
-from mvpretrain import evaluation, objectives, recipe
+from mvpretrain import objectives
 from mvpretrain.distributed.collectives import Collectives, ProcessGroup, SingleProcess
 from mvpretrain.evaluation import Evaluated
 from mvpretrain.evaluation._collect import collect
@@ -19,7 +17,6 @@ from mvpretrain.evaluation._settings import EvaluationConfig
 from mvpretrain.model.task import Task
 from mvpretrain.model.tower import TowerConfig
 from mvpretrain.types import Batch, Embeddings, View
-from tests.runs import settings
 
 HERE = "tests.evaluation.test_run"
 CPU = torch.device("cpu")
@@ -173,28 +170,3 @@ def test_a_class_whose_objects_cannot_be_called_is_refused():
     config = EvaluationConfig.model_validate({"also": [{"kind": "pathlib:PurePath"}]})
     with pytest.raises(ValueError, match=r"'pathlib:PurePath' cannot be called; give it __call__"):
         evaluate(task_of(SingleProcess()), batches(0, 1), SingleProcess(), CPU, config.evaluators())
-
-
-def test_a_new_file_in_the_folder_is_a_kind_of_recipe(tmp_path, monkeypatch):
-    """No other edit: the recipe's keys, its schema and the run know it."""
-    (tmp_path / "width.py").write_text(WIDTH)
-    monkeypatch.setattr(evaluation, "__path__", [*evaluation.__path__, str(tmp_path)])
-    parsed = recipe.parse(settings(tmp_path, evaluation={"also": [{"kind": "width", "factor": 2}]}))
-    assert recipe.parse(yaml.safe_load(parsed.dump())) == parsed
-    assert '"width"' in json.dumps(recipe.schema())
-    with torch.no_grad():
-        found = evaluate(task_of(SingleProcess()), batches(0, 1), SingleProcess(), CPU, parsed.evaluation.evaluators())
-    assert found["width"] == 10 and "val/loss" in found
-
-
-WIDTH = """
-from mvpretrain.evaluation import EvaluatorConfig
-
-
-class Config(EvaluatorConfig):
-    kind: str = "width"
-    factor: int = 1
-
-    def build(self, task, collectives):
-        return lambda seen: [("width", self.factor * next(iter(seen.table.z.values())).shape[1])]
-"""

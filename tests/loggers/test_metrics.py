@@ -11,13 +11,10 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
-import yaml
 
-from mvpretrain import loggers, recipe
-from mvpretrain.loggers import RunInfo, registry
+from mvpretrain.loggers import RunInfo
 from mvpretrain.loggers._metrics import MetricsLogger
 from mvpretrain.loggers._settings import LogConfig
-from tests.runs import settings
 
 RECIPE = {"run": "here", "log": {"every": 1}}
 
@@ -190,45 +187,3 @@ def test_where_one_refuses_those_before_it_are_closed(tmp_path):
 def test_a_class_that_is_no_logger_is_refused_with_what_it_lacks(tmp_path):
     with pytest.raises(ValueError, match=r"'pathlib:PurePath' has no start, write, close; see mvpretrain\.loggers"):
         opened(tmp_path / "run", also=[{"kind": "pathlib:PurePath"}])
-
-
-def test_a_new_file_in_the_folder_is_a_kind_of_recipe(tmp_path, monkeypatch):
-    """No other edit: the recipe's keys, its schema and the run know it."""
-    (tmp_path / "counting.py").write_text(COUNTING)
-    monkeypatch.setattr(loggers, "__path__", [*loggers.__path__, str(tmp_path)])
-    parsed = recipe.parse(settings(tmp_path, log={"also": [{"kind": "counting", "name": "n"}]}))
-    assert recipe.parse(yaml.safe_load(parsed.dump())) == parsed and "counting" in registry.kinds()
-    assert '"counting"' in json.dumps(recipe.schema())
-    logger = MetricsLogger(parsed.log, RunInfo(tmp_path / "run", {}, 10, 0), active=True)
-    logger.write(1, {"loss": 1.0})
-    logger.close()
-    assert (tmp_path / "run/n").read_text() == "1"
-    with pytest.raises(ValueError, match="unknown key 'nam'; did you mean 'name'"):
-        recipe.parse(settings(tmp_path, log={"also": [{"kind": "counting", "nam": "n"}]}))
-
-
-COUNTING = """
-from mvpretrain.loggers import LoggerConfig
-
-
-class Config(LoggerConfig):
-    kind: str = "counting"
-    name: str
-
-    def build(self):
-        return Counting(self.name)
-
-
-class Counting:
-    def __init__(self, name):
-        self.name, self.records = name, 0
-
-    def start(self, info):
-        self.path = info.folder / self.name
-
-    def write(self, step, values):
-        self.records += 1
-
-    def close(self):
-        self.path.write_text(str(self.records))
-"""

@@ -139,7 +139,7 @@ def test_absent_rows_change_neither_loss_nor_gradient():
         torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
 
 
-def test_a_pull_sends_a_gradient_on_through_the_towers():
+def test_embedding_gradients_go_on_through_the_towers():
     """Encoded in two halves, with the loss's gradient in the embeddings, the sum is the loss's gradient in all."""
     task, batch = task_of(3, torch.float64, SingleProcess()), batch_of(3, torch.float64)
     wanted = torch.autograd.grad(task(batch).total, list(task.parameters()))

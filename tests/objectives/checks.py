@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from mvpretrain import objectives
 from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.objectives import _tuples
+from mvpretrain.similarity import blockwise
 from mvpretrain.testing.tables import ROWS, draw, leaves, names, table
 from mvpretrain.types import Embeddings, Losses
 
@@ -46,6 +49,17 @@ def assert_gradient_is_that_of_finite_differences(objective: nn.Module, k: int, 
 
     # fast_mode: along one random direction instead of every axis.
     assert torch.autograd.gradcheck(total, (*leaves(whole).z.values(), *state.values()), fast_mode=True)
+
+
+def assert_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch, objective: nn.Module) -> None:
+    """Gradients in tiles that fit neither the rows nor each other are those in one tile."""
+    whole = leaves(table(3, dtype=torch.float64))
+    inputs = [*whole.z.values(), *objective.parameters()]
+    wanted = torch.autograd.grad(objective(whole, whole).total, inputs)
+    for module, name, size in ((blockwise, "ROWS", 5), (blockwise, "COLUMNS", 4), (_tuples, "TILE", 3)):
+        monkeypatch.setattr(module, name, size)
+    found = torch.autograd.grad(objective(whole, whole).total, inputs)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-14)
 
 
 def assert_finite(losses: Losses, whole: Embeddings) -> None:

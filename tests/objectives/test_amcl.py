@@ -72,10 +72,10 @@ class Loop:
         return -similarity / tau + beta * (d / 2 * torch.log(tau) + 1 / tau), tau
 
     def anchor(self, u: str, v: str, i: int) -> dict[str, Any] | None:
-        ids, there = self.whole.ids.tolist(), self.whole.present
-        rows = [j for j in range(len(ids)) if there[v][j]]
+        ids, present = self.whole.ids.tolist(), self.whole.present
+        rows = [j for j in range(len(ids)) if present[v][j]]
         same, others = [j for j in rows if ids[j] == ids[i]], [j for j in rows if ids[j] != ids[i]]
-        if not there[u][i] or not same or (not self.alone and not others):
+        if not present[u][i] or not same or (not self.alone and not others):
             return None
         found: dict[str, Any] = {"loss": 0.0, "positive": [], "tau+": [], "negative": [], "tau-": [], "hardest": []}
         for c in range(self.config.heads):
@@ -104,15 +104,15 @@ class Loop:
             found["loss"] = found["loss"] - sum(x for _, x, _ in priced) / len(priced)
         return found
 
-    def one_way(self, u: str, v: str) -> tuple[Tensor, list[dict[str, Any]]]:
+    def one_direction(self, u: str, v: str) -> tuple[Tensor, list[dict[str, Any]]]:
         found = [x for i in range(len(self.whole.ids)) if (x := self.anchor(u, v, i)) is not None]
         return sum(x["loss"] for x in found) / len(found), found  # type: ignore[return-value]
 
     def total(self) -> tuple[Tensor, dict[str, float]]:
         values, parts, ways = [], {}, []
         for u, v in combinations(self.whole.z, 2):
-            (there, one), (back, other) = self.one_way(u, v), self.one_way(v, u)
-            values.append((there + back) / 2)
+            (first, one), (second, other) = self.one_direction(u, v), self.one_direction(v, u)
+            values.append((first + second) / 2)
             parts[f"loss/{u}-{v}"] = number(values[-1])
             figures = [self.figures(x) for x in (one, other)]
             if not self.alone:

@@ -30,7 +30,7 @@ class Loop:
         total, weights, fresh = torch.zeros((), dtype=torch.float64), [], defaultdict(list)
         for w, (a, c) in enumerate((("view0", "view1"), ("view1", "view0"))):
             losses = {i: x for i in range(12) if (x := self.loss(whole, a, c, i)) is not None}
-            means = [m for (_, way), (_, m) in self.history.items() if way == w]
+            means = [m for (_, slot), (_, m) in self.history.items() if slot == w]
             mu = sum(means) / len(means) if means else 0.0
             sigma = math.sqrt(sum((m - mu) ** 2 for m in means) / len(means)) if means else 0.0
             for i, loss in losses.items():
@@ -49,11 +49,11 @@ class Loop:
         return total, weights
 
     def loss(self, whole: Embeddings, a: str, c: str, i: int) -> Tensor | None:
-        there = [j for j in range(12) if whole.present[c][j]]
-        positives = [j for j in there if whole.ids[j] == whole.ids[i]]
+        candidates = [j for j in range(12) if whole.present[c][j]]
+        positives = [j for j in candidates if whole.ids[j] == whole.ids[i]]
         if not whole.present[a][i] or not positives:
             return None
-        scores = {j: whole.z[a][i] @ whole.z[c][j] / TAU for j in there}
+        scores = {j: whole.z[a][i] @ whole.z[c][j] / TAU for j in candidates}
         own = torch.stack([scores[j] for j in positives]).mean()
         return torch.stack(list(scores.values())).logsumexp(dim=0) - own
 

@@ -24,7 +24,7 @@ CONFIGS: list[dict[str, Any]] = [{"kind": "dcl"}, *({"kind": "dcl", **more} for 
 config_of = pytest.mark.parametrize("config", CONFIGS, ids=["dcl", "dclw"])
 
 
-def loop_one_way(whole: Embeddings, u: str, v: str, tau: float, sigma: float | None) -> float:
+def loop_one_direction(whole: Embeddings, u: str, v: str, tau: float, sigma: float | None) -> float:
     """The docstring's formula, an anchor at a time."""
     ids, n = whole.ids.tolist(), range(len(whole.ids))
     positive, negative = [], []
@@ -48,7 +48,7 @@ def loop(whole: Embeddings, config: dict[str, Any]) -> dict[str, float]:
     tau, sigma = config.get("temperature", 0.1), config.get("weighted")
     pairs = list(combinations(whole.z, 2))
     found = {
-        f"loss/{u}-{v}": (loop_one_way(whole, u, v, tau, sigma) + loop_one_way(whole, v, u, tau, sigma)) / 2
+        f"loss/{u}-{v}": (loop_one_direction(whole, u, v, tau, sigma) + loop_one_direction(whole, v, u, tau, sigma)) / 2
         for u, v in pairs
     }
     return {"total": sum(found.values()) / len(pairs), **found}

@@ -11,12 +11,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
-from mvpretrain.objectives import _tuples
 from mvpretrain.objectives.gram import adjugate_and_determinant
-from mvpretrain.similarity import blockwise
 from mvpretrain.testing.tables import ROWS, draw, leaves, names, table
 from mvpretrain.types import Embeddings
-from tests.objectives.checks import assert_finite, build, floats, orthonormal
+from tests.objectives.checks import assert_finite, assert_tiles_change_nothing, build, floats, orthonormal
 
 CASES: dict[str, dict[str, Any]] = {
     "default": {"temperature": {"init": 0.2}},
@@ -53,10 +51,10 @@ def loop(whole: Embeddings, config: dict[str, Any]) -> dict[str, float]:
         losses, hits = [], []
         for i in rows:
             others = [j for j in rows if ids[j] != ids[i]]
-            there = {j: -volume([z[a][i], *(z[v][j] for v in views if v != a)]) / tau for j in [i, *others]}
-            back = {j: -volume([z[a][j], *(z[v][i] for v in views if v != a)]) / tau for j in [i, *others]}
-            losses.append((softmax_loss(there, i, smoothing) + softmax_loss(back, i, smoothing)) / 2)
-            hits.append(((max(there, key=lambda j: there[j]) == i) + (max(back, key=lambda j: back[j]) == i)) / 2)
+            first = {j: -volume([z[a][i], *(z[v][j] for v in views if v != a)]) / tau for j in [i, *others]}
+            second = {j: -volume([z[a][j], *(z[v][i] for v in views if v != a)]) / tau for j in [i, *others]}
+            losses.append((softmax_loss(first, i, smoothing) + softmax_loss(second, i, smoothing)) / 2)
+            hits.append(((max(first, key=lambda j: first[j]) == i) + (max(second, key=lambda j: second[j]) == i)) / 2)
         found[f"loss/{a}"] = sum(losses) / len(rows)
         found[f"accuracy/{a}"] = sum(hits) / len(rows)
     found["volume"] = sum(volume([z[v][i] for v in views]) for i in rows) / len(rows)
@@ -123,12 +121,7 @@ def test_float32_volumes_are_near_those_of_float64(k):
 
 @case_of
 def test_tiles_change_nothing(monkeypatch, case):
-    objective, whole = gram(3, **CASES[case]), leaves(table(3, dtype=torch.float64))
-    wanted = torch.autograd.grad(objective(whole, whole).total, [*whole.z.values(), *objective.parameters()])
-    for module, name, size in ((blockwise, "ROWS", 5), (blockwise, "COLUMNS", 4), (_tuples, "TILE", 3)):
-        monkeypatch.setattr(module, name, size)
-    found = torch.autograd.grad(objective(whole, whole).total, [*whole.z.values(), *objective.parameters()])
-    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-14)
+    assert_tiles_change_nothing(monkeypatch, gram(3, **CASES[case]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -38,7 +38,7 @@ def infonce(config: dict[str, Any], k: int) -> InfoNCE:
     return objective.double()
 
 
-def loop_one_way(whole: Embeddings, u: str, v: str, tau: float, in_view: bool) -> tuple[float, float]:
+def loop_one_direction(whole: Embeddings, u: str, v: str, tau: float, in_view: bool) -> tuple[float, float]:
     """The docstring's formula, a row at a time: (mean loss of the anchors, share of them with a positive on top)."""
     n, ids = len(whole.ids), whole.ids.tolist()
     losses, hits = [], []
@@ -67,10 +67,10 @@ def loop(whole: Embeddings, config: dict[str, Any], taus: list[float]) -> dict[s
     found = {"total": 0.0}
     for index, (u, v) in enumerate(pairs):
         tau = taus[index % len(taus)]
-        there = loop_one_way(whole, u, v, tau, config.get("in_view", False))
-        back = loop_one_way(whole, v, u, tau, config.get("in_view", False))
-        found[f"loss/{u}-{v}"] = (there[0] + back[0]) / 2
-        found[f"accuracy/{u}-{v}"] = (there[1] + back[1]) / 2
+        first = loop_one_direction(whole, u, v, tau, config.get("in_view", False))
+        second = loop_one_direction(whole, v, u, tau, config.get("in_view", False))
+        found[f"loss/{u}-{v}"] = (first[0] + second[0]) / 2
+        found[f"accuracy/{u}-{v}"] = (first[1] + second[1]) / 2
         found["total"] += weights[index] / sum(weights) * found[f"loss/{u}-{v}"]
     return found
 

@@ -23,7 +23,7 @@ config_of = pytest.mark.parametrize("config", CONFIGS, ids=["default", "not norm
 Rows = dict[int, Tensor]  # row number -> vector, for rows that have it
 
 
-def loop_one_way(ids: list[int], anchors: Rows, candidates: Rows, tau: float) -> tuple[float, float]:
+def loop_one_direction(ids: list[int], anchors: Rows, candidates: Rows, tau: float) -> tuple[float, float]:
     losses, hits = [], []
     for i, anchor in anchors.items():
         score = {j: float(anchor @ z) / tau for j, z in candidates.items()}
@@ -46,8 +46,8 @@ def loop(whole: Embeddings, config: dict[str, Any], taus: list[float]) -> dict[s
             if others:
                 mean = sum(others[1:], others[0]) / len(others)
                 rest[i] = mean / mean.norm() if config.get("normalize", True) else mean
-        there, back = loop_one_way(ids, own, rest, tau), loop_one_way(ids, rest, own, tau)
-        found[f"loss/{u}"], found[f"accuracy/{u}"] = (there[0] + back[0]) / 2, (there[1] + back[1]) / 2
+        first, second = loop_one_direction(ids, own, rest, tau), loop_one_direction(ids, rest, own, tau)
+        found[f"loss/{u}"], found[f"accuracy/{u}"] = (first[0] + second[0]) / 2, (first[1] + second[1]) / 2
     return {"total": sum(found[f"loss/{u}"] for u in whole.z) / len(whole.z), **found}
 
 

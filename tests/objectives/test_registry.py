@@ -1,4 +1,4 @@
-"""Every objective behind the registry is held to the laws of mvpretrain.testing: a new file as soon as it is there."""
+"""Every objective of the registry is held to the laws of mvpretrain.testing: a new file as soon as it is there."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ MIXED = [
 ]
 
 
-class Pull:
+class Attraction:
     """A user's own objective, and no module: mean distance of two views' rows."""
 
     def __init__(self, factor: float = 1.0):
@@ -80,14 +80,14 @@ def test_a_weight_of_zero_is_logged_and_trains_nothing():
 
 
 def test_parameters_of_terms_are_its_own_and_a_term_may_be_no_module():
-    mine = {"kind": "tests.objectives.test_sum:Pull", "factor": 3.0}
-    pull = {"objective": mine, "name": "pull", "views": ["view2", "view1"]}
-    objective = build(of(pull, *MIXED), 3)
+    mine = {"kind": "tests.objectives.test_sum:Attraction", "factor": 3.0}
+    attraction = {"objective": mine, "name": "attraction", "views": ["view2", "view1"]}
+    objective = build(of(attraction, *MIXED), 3)
     assert set(objective.state_dict()) == {"stateful.1.log_scale", "stateful.1.bias", "stateful.2.log_temperature"}
     whole = table(3, dtype=torch.float64)
     found = floats(objective(whole, whole))
     squares = (whole.z["view2"] - whole.z["view1"]).square().sum(dim=1).mean()
-    assert found["loss/pull"] == found["pull/value"] == pytest.approx(3 * float(squares))
+    assert found["loss/attraction"] == found["attraction/value"] == pytest.approx(3 * float(squares))
 
 
 def test_sums_nest():

@@ -14,10 +14,10 @@ from torch.nn.functional import cross_entropy, normalize
 from mvpretrain.distributed.id_table import splitmix64
 from mvpretrain.objectives import _tuples
 from mvpretrain.objectives.symile import Symile
-from mvpretrain.similarity import blockwise
-from mvpretrain.testing.tables import ROWS, draw, leaves, names, table
+from mvpretrain.testing.tables import ROWS, draw, names, table
 from mvpretrain.types import Embeddings
 from tests.objectives.checks import (
+    assert_tiles_change_nothing,
     build,
     floats,
 )
@@ -112,9 +112,9 @@ def test_draws_depend_on_ids_and_not_on_places():
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(5))
     shuffled = whole.rows(order)
     for u in range(3):
-        there, here = (_tuples.complete(t, names(3)) for t in (whole, shuffled))
-        for a, b in zip(objective.orders(there, u), objective.orders(here, u)):
-            torch.testing.assert_close(there.z[0][a], here.z[0][b], rtol=0, atol=0)
+        ordered, mixed = (_tuples.complete(t, names(3)) for t in (whole, shuffled))
+        for a, b in zip(objective.orders(ordered, u), objective.orders(mixed, u)):
+            torch.testing.assert_close(ordered.z[0][a], mixed.z[0][b], rtol=0, atol=0)
 
 
 def test_steps_are_counted_in_training_and_saved():
@@ -138,12 +138,7 @@ def test_hash_is_splitmix64s():
 
 @negatives_of
 def test_tiles_change_nothing(monkeypatch, negatives):
-    objective, whole = symile(3, negatives).eval(), leaves(table(3, dtype=torch.float64))
-    wanted = torch.autograd.grad(objective(whole, whole).total, [*whole.z.values(), objective.log_scale])
-    monkeypatch.setattr(blockwise, "ROWS", 5)
-    monkeypatch.setattr(blockwise, "COLUMNS", 4)
-    found = torch.autograd.grad(objective(whole, whole).total, [*whole.z.values(), objective.log_scale])
-    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-14)
+    assert_tiles_change_nothing(monkeypatch, symile(3, negatives).eval())
 
 
 def test_scale_is_bounded_and_may_be_fixed():

@@ -11,12 +11,11 @@ import torch
 from torch import nn
 
 from mvpretrain import objectives
-from mvpretrain.objectives import _tuples
-from mvpretrain.similarity import blockwise
 from mvpretrain.testing.tables import leaves, names, table
 from mvpretrain.types import Embeddings
 from tests.objectives.checks import (
     assert_finite,
+    assert_tiles_change_nothing,
     build,
     floats,
     orthonormal,
@@ -78,12 +77,7 @@ def test_value_is_that_of_the_loop(case, plain):
 
 @case_of
 def test_tiles_change_nothing(monkeypatch, case):
-    objective, whole = triangle(**CASES[case]), leaves(table(3, dtype=torch.float64))
-    wanted = torch.autograd.grad(objective(whole, whole).total, [*whole.z.values(), *objective.parameters()])
-    for module, name, size in ((blockwise, "ROWS", 5), (blockwise, "COLUMNS", 4), (_tuples, "TILE", 3)):
-        monkeypatch.setattr(module, name, size)
-    found = torch.autograd.grad(objective(whole, whole).total, [*whole.z.values(), *objective.parameters()])
-    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-14)
+    assert_tiles_change_nothing(monkeypatch, triangle(**CASES[case]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -31,7 +31,7 @@ def loop(whole: Embeddings, a: float, b: float, c: float, deviation: float) -> d
     """The docstring's formula, pair by pair and view by view."""
     d = next(iter(whole.z.values())).shape[1]
     x = {v: z.numpy() * np.sqrt(d) for v, z in whole.z.items()}
-    p = {v: there.numpy() for v, there in whole.present.items()}
+    p = {v: x.numpy() for v, x in whole.present.items()}
     distances = []
     for u, v in combinations(x, 2):
         distances += [((x[u][i] - x[v][i]) ** 2).mean() for i in np.flatnonzero(p[u] & p[v])]

@@ -39,10 +39,7 @@ VALUE: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
+def _small_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mvpretrain.profiling.measure.SIDE", {"cpu": 64})
 
 

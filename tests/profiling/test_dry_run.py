@@ -6,7 +6,6 @@ import io
 from pathlib import Path
 from typing import Any
 
-import pytest
 from rich.console import Console
 
 from mvpretrain import recipe
@@ -46,13 +45,6 @@ def shown(value: dict[str, Any], memory: int | None = None) -> tuple[str, Plan]:
 
 def said(value: dict[str, Any]) -> str:
     return shown(value)[0]
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def test_towers_steps_memory_and_shapes(tmp_path: Path) -> None:

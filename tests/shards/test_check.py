@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
-import wave
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from mvpretrain.shards.check import check
 from mvpretrain.shards.pack import write
 from mvpretrain.types import View
-
-
-def picture(kind: str = "JPEG") -> bytes:
-    stream = io.BytesIO()
-    pixels = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(stream, kind)
-    return stream.getvalue()
-
-
-def tone(seconds: float = 0.1) -> bytes:
-    stream = io.BytesIO()
-    with wave.open(stream, "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(8000)
-        file.writeframes((1000 * np.sin(np.arange(int(8000 * seconds)))).astype("<i2").tobytes())
-    return stream.getvalue()
+from tests.shards.samples import picture, tone
 
 
 def sample(key: str, **fields: Any) -> dict[str, Any]:

@@ -5,40 +5,18 @@ import json
 import pickle
 import shutil
 import tarfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
-from webdataset.writer import TarWriter
 
 from mvpretrain import files
 from mvpretrain.shards import index as index_module
 from mvpretrain.shards.headers import key_and_field, number
 from mvpretrain.shards.index import HEAD, ID, SHARD, Index
 from mvpretrain.shards.urls import expand
-
-
-def samples_of(count: int, start: int = 0) -> list[dict[str, bytes]]:
-    """Samples with a key, `bin`, `cls` and, for odd ones, `txt`, of sizes that differ."""
-    rows = []
-    for i in range(start, start + count):
-        row = {"__key__": f"s{i:05d}", "bin": bytes([i % 251]) * (i * 37 % 1500), "cls": str(i % 7).encode()}
-        rows.append(row | ({"txt": f"text {i}".encode()} if i % 2 else {}))
-    return rows
-
-
-def write_shards(folder: Path, samples: Sequence[Mapping[str, object]], shards: int = 1, name: str = "s") -> list[str]:
-    """Tars `name-0000.tar` ... with the samples in order, as equal in number as can be."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [str(folder / f"{name}-{k:04d}.tar") for k in range(shards)]
-    bounds = [len(samples) * k // shards for k in range(shards + 1)]
-    for path, start, end in zip(paths, bounds, bounds[1:]):
-        with TarWriter(path) as writer:
-            for sample in samples[start:end]:
-                writer.write(dict(sample))
-    return paths
+from tests.shards.samples import plain, samples_of, write_shards
 
 
 def contents(index: Index) -> list[dict[str, bytes]]:
@@ -49,10 +27,6 @@ def contents(index: Index) -> list[dict[str, bytes]]:
         places = {f: row[index.offset(f) : index.offset(f) + 2] for f in index.fields}
         found.append({f: tar[at : at + size] for f, (at, size) in places.items() if at >= 0})
     return found
-
-
-def plain(samples: Sequence[Mapping[str, bytes]]) -> list[dict[str, bytes]]:
-    return [{k: v for k, v in s.items() if k != "__key__"} for s in samples]
 
 
 LONG = "d" * 60 + "/" + "e" * 70 + "/" + "f" * 80  # 212 characters: beyond ustar's name field, within its prefix

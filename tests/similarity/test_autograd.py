@@ -204,13 +204,13 @@ def test_logsumexp_of_any_score(small_tiles, b, n, with_ids):
     gone = ~valid[None] if exclude_same_id is None else ~valid | (exclude_same_id[0][:, None] == exclude_same_id[1])
     whole = distance((rows, weight), (columns, bonus), (scale,)).masked_fill(gone, -torch.inf)
     lse, argmax = found(*inputs)
-    some = lse > -torch.inf
+    finite = lse > -torch.inf
     torch.testing.assert_close(lse, whole.logsumexp(1), rtol=1e-12, atol=1e-12)
-    assert torch.equal(argmax[some], whole.argmax(1)[some])
+    assert torch.equal(argmax[finite], whole.argmax(1)[finite])
     factor = torch.randn(b, generator=make, dtype=torch.float64)
-    if some.any():
-        wanted = torch.autograd.grad((whole[some].logsumexp(1) * factor[some]).sum(), inputs)
-        torch.testing.assert_close(torch.autograd.grad((lse * factor)[some].sum(), inputs), wanted)
+    if finite.any():
+        wanted = torch.autograd.grad((whole[finite].logsumexp(1) * factor[finite]).sum(), inputs)
+        torch.testing.assert_close(torch.autograd.grad((lse * factor)[finite].sum(), inputs), wanted)
 
 
 def test_logsumexp_of_what_needs_no_gradient(small_tiles):

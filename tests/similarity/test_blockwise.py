@@ -48,8 +48,8 @@ def test_sums_are_those_of_the_dense_table(b, n, with_ids, scale):
     assert by_column is not None
     for found, dim in ((by_row, 1), (by_column, 0)):
         torch.testing.assert_close(found.lse, whole.logsumexp(dim), rtol=1e-12, atol=1e-12)
-        some = found.lse > -torch.inf
-        assert torch.equal(found.argmax[some], whole.argmax(dim)[some]) and not found.argmax[~some].any()
+        finite = found.lse > -torch.inf
+        assert torch.equal(found.argmax[finite], whole.argmax(dim)[finite]) and not found.argmax[~finite].any()
     alone, none = blockwise.forward(rows, columns, factor, mask, both=False)
     torch.testing.assert_close(alone, by_row, rtol=1e-12, atol=1e-12)
     assert none is None
@@ -128,8 +128,8 @@ def check_both_directions(rows: Tensor, columns: Tensor, scale: Tensor, mask: Pa
     whole = dense(rows, columns, scale, mask)
     for found, dim in ((by_row, 1), (by_column, 0)):
         torch.testing.assert_close(found.lse, whole.logsumexp(dim), rtol=1e-12, atol=1e-12)
-        some = found.lse > -torch.inf
-        assert torch.equal(found.argmax[some], whole.argmax(dim)[some]) and not found.argmax[~some].any()
+        finite = found.lse > -torch.inf
+        assert torch.equal(found.argmax[finite], whole.argmax(dim)[finite]) and not found.argmax[~finite].any()
     weight = whole.softmax(1).nan_to_num(0) * row_grad[:, None] + whole.softmax(0).nan_to_num(0) * column_grad
     torch.testing.assert_close(kept, (weight @ columns, weight.T @ rows), rtol=1e-10, atol=1e-11)
 

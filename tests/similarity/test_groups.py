@@ -26,10 +26,10 @@ def test_sums_and_counts_by_key_are_those_of_a_loop():
 def test_means_of_others_are_those_of_a_loop():
     whole = table(3, dtype=torch.float64)
     present = whole.present | {"view1": torch.arange(ROWS) % 3 > 0}
-    means, some = mean_of_others(whole.z, present)
+    means, valid = mean_of_others(whole.z, present)
     for v in names(3):
         for i in range(ROWS):
             others = [whole.z[w][i] for w in names(3) if w != v and present[w][i]]
             wanted = torch.stack(others).mean(dim=0) if others else torch.zeros(8, dtype=torch.float64)
-            assert bool(some[v][i]) == bool(others)
+            assert bool(valid[v][i]) == bool(others)
             torch.testing.assert_close(means[v][i], wanted, rtol=1e-13, atol=1e-15)

@@ -25,9 +25,9 @@ def dense(whole: Embeddings, scale: Tensor, a: str, c: str, exclude_same_id: boo
     """One direction, from the matrix of all similarities."""
     s = whole.z[a] @ whole.z[c].T
     same = whole.ids[:, None] == whole.ids
-    there = whole.present[c].expand(len(s), -1) & ~(same & exclude_same_id)
+    present = whole.present[c].expand(len(s), -1) & ~(same & exclude_same_id)
     positives = whole.present[c] & same
-    scaled = (s * scale[:, None]).masked_fill(~(there & whole.present[a][:, None]), -torch.inf)
+    scaled = (s * scale[:, None]).masked_fill(~(present & whole.present[a][:, None]), -torch.inf)
     weights = scaled.softmax(dim=1).nan_to_num()
     return PerAnchorSums(
         scaled.logsumexp(dim=1),
@@ -35,7 +35,7 @@ def dense(whole: Embeddings, scale: Tensor, a: str, c: str, exclude_same_id: boo
         scaled.argmax(dim=1),
         s.masked_fill(scaled == -torch.inf, -torch.inf).amax(dim=1),
         (s * positives).sum(dim=1) / positives.sum(dim=1).clamp_min(1),
-        there.sum(dim=1),
+        present.sum(dim=1),
         whole.present[a] & positives.any(dim=1),
     )
 

@@ -207,7 +207,7 @@ def test_where_nothing_counts(interpreted: Run) -> None:
     interpreted(nothing_counts)
 
 
-def told_empty(rank: int) -> None:
+def sum_of_nothing(rank: int) -> None:
     """A sum of -inf has no gradient, even where its exponentials would be beyond float32."""
     problem = drawn(5, 70, 4, scale=400.0)
     row_lse, _, _, _ = triton.forward(*problem, both=False)
@@ -219,7 +219,7 @@ def told_empty(rank: int) -> None:
 
 @without_triton
 def test_a_sum_of_nothing_has_no_gradient(interpreted: Run) -> None:
-    interpreted(told_empty)
+    interpreted(sum_of_nothing)
 
 
 def draws(rank: int) -> None:

@@ -6,20 +6,16 @@ A ViT-S (12 blocks of width 384 and 6 heads) on 32-pixel images and a text tower
 AdamW. Each side runs in a fresh child process, in turns over the rounds: one step on 2 rows, which makes the
 optimiser's moments, one full step to warm up, then the timed ones. Memory is the peak over the full steps above what
 there was before them; on CPUs the process's resident pages (VmHWM, set back by clear_refs, less VmRSS, after
-malloc_trim: glibc keeps what is freed, so that a side's peak would hide the other's in one process), on GPUs
-max_memory_allocated. Gradients are in it on all sides. Aims: memory at most 1/8, time at most 1.5 times.
+malloc_trim), on GPUs max_memory_allocated. Gradients are in it on all sides. Aims: memory at most 1/8, time at most
+1.5 times.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import json
-import re
-import subprocess
 import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
@@ -32,6 +28,7 @@ from mvpretrain.engine.settings import EngineConfig
 from mvpretrain.model.task import Task
 from mvpretrain.model.tower import TowerConfig
 from mvpretrain.types import Batch, View
+from tools.bench.child import Memory, answer, ask
 
 SIDES = ("plain", "two passes", "first in bf16")
 LENGTH, DIM = 16, 128
@@ -65,28 +62,6 @@ def batch_of(rows: int) -> Batch:
     return Batch(views, torch.arange(rows), present, torch.full((rows,), -1))
 
 
-class Memory:
-    """The most bytes since this was made, above those that there were."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self.before = torch.cuda.memory_allocated(device)
-        else:
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
-            self.before = status("VmRSS")
-
-    def peak(self) -> int:
-        now = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else status("VmHWM")
-        return now - self.before
-
-
-def status(field: str) -> int:
-    return 1024 * int(re.findall(rf"^{field}:\s+(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)[0])
-
-
 def measured(side: str, options: argparse.Namespace) -> dict[str, Any]:
     """One side, in this process."""
     engine = engine_of(side, options)
@@ -107,7 +82,7 @@ def measured(side: str, options: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": seconds[1:], "peak": memory.peak(), "phases": engine.phase_timer.figures()}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--parts", type=int, default=16)
@@ -117,18 +92,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    given = sys.argv[1:] if argv is None else argv
+    options = parser.parse_args(given)
     if options.side:
-        print(json.dumps(measured(options.side, options)))
-        return
+        answer(measured(options.side, options))
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for _ in range(options.rounds):
         for side in SIDES:
-            command = [sys.executable, "-m", "tools.bench.gradcache", *sys.argv[1:], "--side", side]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                sys.exit(done.stderr)
-            found[side].append(json.loads(done.stdout.splitlines()[-1]))
+            found[side].append(ask("tools.bench.gradcache", [*given, "--side", side]))
     report(found, options)
 
 

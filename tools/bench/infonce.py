@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import combinations
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -27,6 +26,7 @@ from mvpretrain import objectives
 from mvpretrain.distributed.collectives import ProcessGroup, SingleProcess
 from mvpretrain.distributed.gather import gather_embeddings
 from mvpretrain.types import Embeddings
+from tools.bench.child import Memory, answer, ask
 
 SIDES = {
     "one rank": ("ours", "torch logits", "open_clip"),
@@ -49,9 +49,9 @@ def ours(z: list[Tensor]) -> Callable[[], Tensor]:
     names = [f"view{i}" for i in range(len(z))]
     objective = objectives.build({"kind": "infonce", "temperature": {"init": TAU}}, names, collectives)
     b = len(z[0])
-    there = torch.ones(b, dtype=torch.bool)
+    present = torch.ones(b, dtype=torch.bool)
     ids = torch.arange(b) + b * collectives.rank
-    local = Embeddings(dict(zip(names, z)), ids, dict.fromkeys(names, there), ids)
+    local = Embeddings(dict(zip(names, z)), ids, dict.fromkeys(names, present), ids)
     return lambda: objective(*gather_embeddings(local, collectives)).total
 
 
@@ -86,13 +86,7 @@ def mean_of_pairs(pair: Callable[[Tensor, Tensor], Tensor], z: list[Tensor]) -> 
     return total
 
 
-def status(name: str) -> float:
-    """MiB of VmHWM (peak) or VmRSS (now)."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(name)) / 1024
-
-
-def child(side: str, rows: int, dim: int, views: int, repeats: int) -> None:
+def child(side: str, rows: int, dim: int, views: int, repeats: int) -> NoReturn:
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     if ranks > 1:
@@ -107,7 +101,7 @@ def child(side: str, rows: int, dim: int, views: int, repeats: int) -> None:
         "open_clip local": lambda z: open_clip_loss(z, local=True),
     }[side]
     loss = make(z)
-    before, times, value = status("VmRSS"), [], float("nan")
+    memory, times, value = Memory(torch.device("cpu")), [], float("nan")
     for _ in range(repeats + 1):
         for x in z:
             x.grad = None
@@ -119,28 +113,21 @@ def child(side: str, rows: int, dim: int, views: int, repeats: int) -> None:
             total.backward()
         times.append(time.perf_counter() - start)
         value = float(total)
+    mib = memory.peak() / 2**20
     norm = float(torch.stack([x.grad.norm() for x in z if x.grad is not None]).norm())
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"@ {statistics.median(times[1:])} {status('VmHWM') - before} {value} {norm}")
-    sys.stdout.flush()
-    os._exit(0)
+    answer((statistics.median(times[1:]), mib, value, norm))
 
 
 def measured(case: str, side: str, options: argparse.Namespace) -> tuple[float, float, float, float]:
+    """(seconds, MiB, loss, gradient's norm) of one side."""
     views = 4 if case == "four views" else 2
     rows = options.rows // 4 if case == "four views" else options.rows
-    own = ["-m", "tools.bench.infonce", "--child", side, "--rows", str(rows), "--dim", str(options.dim)]
+    own = ["--child", side, "--rows", str(rows), "--dim", str(options.dim)]
     own += ["--views", str(views), "--repeats", str(options.repeats)]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"] if case == "two ranks" else []
-    done = subprocess.run([sys.executable, *launcher, *own], capture_output=True, text=True)
-    for line in done.stdout.splitlines():
-        if line.startswith("@"):
-            seconds, mib, loss, norm = map(float, line.split()[1:])
-            return seconds, mib, loss, norm
-    raise SystemExit(f"bench_infonce: {side} did not finish (out of memory?):\n{done.stderr[-2000:]}")
+    return tuple(ask("tools.bench.infonce", own, ranks=2 if case == "two ranks" else 1))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=32768, help="of the global batch; four views take a quarter")
     parser.add_argument("--dim", type=int, default=512)
@@ -148,7 +135,7 @@ def main() -> None:
     parser.add_argument("--case", choices=SIDES, help="only this one")
     parser.add_argument("--views", type=int, default=2, help=argparse.SUPPRESS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.child:
         child(options.child, options.rows, options.dim, options.views, options.repeats)
     for case, sides in SIDES.items():

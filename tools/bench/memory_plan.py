@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+
+from mvpretrain.profiling.bench import in_processes
 
 BASE: dict[str, Any] = {
     "run": "run",
@@ -85,25 +86,21 @@ class Cell(NamedTuple):
 def measured(name: str, device: str, folder: Path) -> Cell:
     """One cell: predict in one process, run in others."""
     ranks, overrides = CELLS[name]
-    recipe, plan, bench = folder / "recipe.yaml", folder / "plan.json", folder / "bench.json"
+    recipe, plan = folder / "recipe.yaml", folder / "plan.json"
     recipe.write_text(yaml.safe_dump(BASE))
-    overrides = [*overrides, f"engine.device={device}"]
-    launcher = ["torch.distributed.run", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
-    run(["mvpretrain", "train", str(recipe), *overrides, f"engine.ranks={ranks}", "--dry-run", "--json", str(plan)])
-    steps = ["--steps", "2", "--warmup", "1"]
-    run([*launcher, "mvpretrain", "bench", str(recipe), *overrides, *steps, "--json", str(bench)])
-    found = json.loads(bench.read_text())
+    overrides = [*overrides, f"engine.device={device}", "engine.threads=1"]
+    predict(recipe, [*overrides, f"engine.ranks={ranks}"], plan)
+    found = in_processes(recipe, overrides, ranks, steps=2, warmup=1)
     baseline = found["baseline"] if found["device"] == "cpu" else 0
     return Cell(name, json.loads(plan.read_text())["peak"], max(found["peaks"]), baseline)
 
 
-def run(module: list[str]) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        [sys.executable, "-m", *module], capture_output=True, text=True, env=environment, check=False
-    )
+def predict(recipe: Path, overrides: list[str], out: Path) -> None:
+    """The plan of `mvpretrain train --dry-run`, by a process that nothing was measured in."""
+    command = ["mvpretrain", "train", str(recipe), *overrides, "--dry-run", "--json", str(out)]
+    ended = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
     if ended.returncode:
-        raise SystemExit(f"{' '.join(module)} failed:\n{ended.stderr[-2000:]}")
+        raise SystemExit(f"{' '.join(command)} failed:\n{ended.stderr[-2000:]}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""State by sample id: bytes an id and lookups a second, sharded over ranks, against a dense array on every rank.
+"""Sample state: bytes an id and lookups a second, its ids divided among ranks, against a dense array on every rank.
 
     python -m tools.bench.sample_state                     # an eighth of 100 million ids, SogCLR's two numbers each
     python -m tools.bench.sample_state --ids 1000000 --ranks 2  # real gloo ranks that read and write whole batches
@@ -15,7 +15,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ def run(rank: int, options: argparse.Namespace, folder: str) -> None:
         store.commit()
 
     begin = time.perf_counter()
-    for ids in torch.arange(options.ids).mul(0x5DEECE66D).split(2**20):  # far apart, and each once
+    for ids in torch.arange(options.ids).mul(0x5DEECE66D).split(2**20):  # spread over all numbers, each once
         ours(ids)
     filled = time.perf_counter() - begin
     table: Any = store.table
@@ -89,13 +89,13 @@ def run(rank: int, options: argparse.Namespace, folder: str) -> None:
         dist.destroy_process_group()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ids", type=int, default=12_500_000, help="of all ranks (12,500,000)")
     parser.add_argument("--columns", type=int, default=2, help="numbers an id (2)")
     parser.add_argument("--batch", type=int, default=32_768, help="ids a step, of all ranks (32,768)")
     parser.add_argument("--ranks", type=int, default=1, help="gloo processes (1)")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         if options.ranks == 1:
             run(0, options, folder)

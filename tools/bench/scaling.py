@@ -18,15 +18,14 @@ import argparse
 import json
 import math
 import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import nnls
+
+from mvpretrain.profiling.bench import in_processes
 
 KINDS = ("infonce", "sogclr", "m3g")
 
@@ -53,7 +52,7 @@ class Machine(NamedTuple):
     products: float  # FLOP/s that the objective's products reach
     bandwidth: float  # bytes/s of a rank's link in one direction
     latency: float  # seconds a message
-    hidden: float  # share of the backward behind which the gradient's reduction hides
+    hidden: float  # share of the backward that hides the gradient's reduction
 
 
 class Parts(NamedTuple):
@@ -62,7 +61,7 @@ class Parts(NamedTuple):
     towers: float
     objective: float
     gather: float  # tables, their gradient, and state
-    reduce: float  # what does not hide behind the backward
+    reduce: float  # what the backward does not hide
 
     @property
     def step(self) -> float:
@@ -147,17 +146,17 @@ def terms(run: Run, work: Work, kind: str, cores: int) -> dict[str, dict[str, fl
     """Phase -> term -> its size in this run: what the fitted coefficients multiply."""
     here = work._replace(rows=run.rows)
     crowded = max(1.0, run.ranks / cores)
-    alone = run.ranks == 1
-    exchanged = 0.0 if alone else sum(messages(kind, here, run.ranks)[:1]) * (run.ranks - 1) / run.ranks
+    single = run.ranks == 1
+    gathered = 0.0 if single else sum(messages(kind, here, run.ranks)[:1]) * (run.ranks - 1) / run.ranks
     reduced = 8.0 * work.parameters * (run.ranks - 1) / run.ranks
     return {
         "data": {"a row": run.rows * crowded},
         "encode": {"a row": run.rows * crowded},
-        "gather": {"a message": 0.0 if alone else run.ranks - 1.0, "a byte": exchanged},
+        "gather": {"a message": 0.0 if single else run.ranks - 1.0, "a byte": gathered},
         "objective": {
             "a step": crowded,
             "a FLOP": objective_flops(kind, here, run.ranks) * crowded,
-            "a message": 0.0 if alone else run.ranks - 1.0,
+            "a message": 0.0 if single else run.ranks - 1.0,
         },
         "backward": {"a row": run.rows * crowded, "a reduced byte": reduced},
         "optimizer": {"a step": crowded},
@@ -188,21 +187,6 @@ def predicted(fit: Fit, sizes: dict[str, dict[str, float]]) -> dict[str, float]:
     return {phase: sum(fit[phase][name] * size for name, size in own.items()) for phase, own in sizes.items()}
 
 
-def measure(recipe: Path, overrides: list[str], ranks: int, rows: int) -> dict[str, Any]:
-    """`mvpretrain bench` in processes of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "bench.json")
-        launcher = ["torch.distributed.run", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
-        settings = [*overrides, f"batch={rows * ranks}", "engine.threads=1", "engine.ranks=null"]
-        command = [sys.executable, "-m", *launcher, "mvpretrain", "bench", str(recipe), *settings]
-        steps = ["--steps", "6", "--warmup", "2", "--json", str(out)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        ended = subprocess.run([*command, *steps], capture_output=True, text=True, env=environment, check=False)
-        if ended.returncode:
-            raise SystemExit(f"{' '.join(command)} failed:\n{ended.stderr[-2000:]}")
-        return json.loads(out.read_text())
-
-
 def work_of(recipe: Path, overrides: list[str]) -> tuple[str, Work]:
     """(kind of the objective, the work of a step) of a recipe."""
     from mvpretrain.distributed.collectives import SingleProcess
@@ -223,7 +207,8 @@ def show_fit(args: argparse.Namespace) -> list[Run]:
     runs = []
     for ranks in args.ranks:
         for rows in args.rows:
-            found = measure(args.recipe, args.overrides, ranks, rows)
+            settings = [*args.overrides, f"batch={rows * ranks}", "engine.threads=1", "engine.ranks=null"]
+            found = in_processes(args.recipe, settings, ranks, steps=6, warmup=2)
             runs.append(Run(ranks, rows, found["milliseconds"]))
     fit = fitted(runs, lambda run: terms(run, work, kind, cores))
     print(f"# measured on {cores} CPU cores, 1 thread a rank; {kind}, {work.parameters:,} parameters, d {work.dim}")
@@ -231,8 +216,8 @@ def show_fit(args: argparse.Namespace) -> list[Run]:
     for run in runs:
         guess = predicted(fit, terms(run, work, kind, cores))
         pairs = "  ".join(f"{p} {run.milliseconds[p]:.1f}/{guess[p]:.1f}" for p in guess)
-        seen, told = sum(run.milliseconds.values()), sum(guess.values())
-        print(f"{run.ranks:5}{run.rows:6}  step {seen:.0f}/{told:.0f} ({told / seen - 1:+.0%})  {pairs}")
+        seen, wanted = sum(run.milliseconds.values()), sum(guess.values())
+        print(f"{run.ranks:5}{run.rows:6}  step {seen:.0f}/{wanted:.0f} ({wanted / seen - 1:+.0%})  {pairs}")
     for phase, own in fit.items():
         print(f"  {phase}: " + ", ".join(f"{value:.3g} ms {name}" for name, value in own.items()))
     return runs
@@ -247,7 +232,7 @@ def show_paper(work: Work, machine: Machine) -> None:
     print(
         f"# {work.parameters / 1e6:.0f} M parameters; assumed: towers at {machine.rate / 1e12:.0f} TFLOP/s, objective "
         f"at {machine.products / 1e12:.0f},\n# link {machine.bandwidth / 1e9:.0f} GB/s, {machine.latency * 1e6:.0f} us "
-        f"a message, reduction hidden behind {machine.hidden:.0%} of the backward"
+        f"a message, reduction hidden by {machine.hidden:.0%} of the backward"
     )
     for kind in KINDS:
         here = work._replace(views=3) if kind == "m3g" else work

@@ -15,6 +15,7 @@ last step's, from different initial weights: they should be near each other, and
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import json
 import os
@@ -25,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,15 +137,10 @@ def theirs(
         "name": "run",
     }
     flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    return [
-        "-m",
-        "tools.bench.step",
-        "--open-clip",
-        str(folder / f"{NAME}.json"),
-        *flags,
-        "--local-loss",
-        "--gather-with-grad",
-    ]
+    # In a file: torchrun would take --logs for a beginning of options of its own.
+    given = folder / "arguments.json"
+    given.write_text(json.dumps([*flags, "--local-loss", "--gather-with-grad"]))
+    return ["-m", "tools.bench.step", "--open-clip", str(folder / f"{NAME}.json"), str(given)]
 
 
 def their_trainer(model: str, arguments: list[str]) -> None:
@@ -175,14 +171,15 @@ def measured(
         found, phases = logged(folder / "run" / "log.jsonl") if side == "ours" else (LINE.findall(said), {})
     rates, losses = [float(r) for r, _ in found], [float(x) for _, x in found]
     if len(rates) != options.steps:
-        raise SystemExit(f"bench_step: {side} logged {len(rates)} steps of {options.steps}:\n{said[-3000:]}")
+        raise SystemExit(f"tools.bench.step: {side} logged {len(rates)} steps of {options.steps}:\n{said[-3000:]}")
     return Outcome(rates[SKIPPED:-LAST], rank, workers, losses[-1], phases)
 
 
 def launched(command: list[str], folder: Path) -> tuple[float, float, str]:
     """(MiB of a rank, MiB of workers, all that was said) of a run to its end."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS)]
-    own = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // RANKS)), "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    own = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // RANKS)), "PYTHONPATH": path}
     with (folder / "output").open("w+") as output:
         running = subprocess.Popen(
             [*launcher, *command],
@@ -195,7 +192,7 @@ def launched(command: list[str], folder: Path) -> tuple[float, float, str]:
         output.seek(0)
         said = output.read()
     if running.returncode:
-        raise SystemExit(f"bench_step: {' '.join(command[:3])} failed:\n{said[-3000:]}")
+        raise SystemExit(f"tools.bench.step: {' '.join(command[:3])} failed:\n{said[-3000:]}")
     return rank, workers, said
 
 
@@ -259,9 +256,10 @@ def table(precision: str, found: dict[str, list[Outcome]]) -> None:
     print("ours, ms a step:", ", ".join(f"{phase} {time:.0f}" for phase, time in phases.items()), flush=True)
 
 
-def main() -> None:
-    if sys.argv[1:2] == ["--open-clip"]:
-        their_trainer(sys.argv[2], sys.argv[3:])
+def main(argv: Sequence[str] | None = None) -> None:
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["--open-clip"]:
+        their_trainer(given[1], json.loads(Path(given[2]).read_text()))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=9, help=f"a run, of which {SKIPPED + LAST} do not count")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each side")
@@ -270,11 +268,13 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="folder of photos; without it they are synthetic")
     parser.add_argument("--captions", type=Path, help="their captions, COCO's JSON or {file name: [captions]}")
     parser.add_argument("--model", type=Path, help="open_clip's model config; without it a small ViT/16 at 224 pixels")
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     if options.steps <= SKIPPED + LAST:
         parser.error(
             f"--steps {options.steps}: {SKIPPED + LAST} steps do not count; give at least {SKIPPED + LAST + 1}"
         )
+    if not importlib.util.find_spec("pandas"):
+        parser.error('open_clip\'s trainer reads tables, and pandas is not installed: pip install "pandas>=2"')
     model = json.loads(options.model.read_text()) if options.model else MODEL
     with tempfile.TemporaryDirectory() as folder:
         shards = make_shards(options, Path(folder) / "shards")

@@ -7,7 +7,7 @@ convolutions, the same kind through a ViT, and captions of 10 to 126 bytes throu
 
 Ratios are on over off, medians over the repeats. Memory is the peak above what the process held before it had a model
 (of tensors, on GPUs); for `compile` the compiler's own is in it. Phases are milliseconds a step, off and on, for those
-that the switch is about. A switch that cannot run here has its reason in place of figures.
+that the switch is about. A switch that cannot run here has its reason instead of figures.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ PARTS = 8  # micro-batches of a rank's rows
 
 
 class Switch(NamedTuple):
-    """The settings of both sides, and the phases of a step that tell them apart."""
+    """The settings of both sides, and the phases of a step that it changes."""
 
     off: list[str]
     on: list[str]
@@ -167,13 +167,13 @@ def main(argv: list[str] | None = None) -> int:
         options.overrides, options.recipe = [str(options.recipe), *options.overrides], None
     with tempfile.TemporaryDirectory() as folder:
         recipe = options.recipe or own_recipe(Path(folder))
-        every = switches(load(recipe, options.overrides), options.ranks)
-        if unknown := [name for name in options.only or () if name not in every]:
-            parser.error(f"--only {unknown[0]!r} is no switch; choose from {', '.join(every)}")
+        known = switches(load(recipe, options.overrides), options.ranks)
+        if unknown := [name for name in options.only or () if name not in known]:
+            parser.error(f"--only {unknown[0]!r} is no switch; choose from {', '.join(known)}")
         print(f"{'on over off':30}{'samples/s':>10}{'of the repeats':>18}{'memory':>9}", flush=True)
         rows = []
-        for name in options.only or every:
-            rows.append(tried(name, every[name], recipe, options))
+        for name in options.only or known:
+            rows.append(tried(name, known[name], recipe, options))
             print(line(rows[-1]), flush=True)
     if options.json:
         options.json.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")

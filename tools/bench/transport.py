@@ -13,15 +13,12 @@ dependency: `pip install "ott-jax>=0.6"`.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import importlib.util
 import math
 import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -31,6 +28,7 @@ from torch.nn.functional import normalize
 
 from mvpretrain import objectives
 from mvpretrain.types import Embeddings
+from tools.bench.child import Memory, answer, ask
 
 EPSILON, TOLERANCE = 0.2, 1e-3
 AGAINST = ((3, 128), (3, 256), (4, 32), (4, 64))
@@ -53,18 +51,6 @@ def points(k: int, n: int, dim: int) -> list[Tensor]:
     return [normalize(common + torch.randn(n, dim, generator=make), dim=1) for _ in range(k)]
 
 
-def status(name: str) -> float:
-    """MiB of VmHWM (peak) or VmRSS (now)."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(name)) / 1024
-
-
-def forget_peak() -> None:
-    """Let VmHWM start again from what the process holds now, where the system allows it."""
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-
-
 def ours(k: int, n: int, options: argparse.Namespace) -> Measured:
     device = torch.device(options.device)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -83,11 +69,11 @@ def ours(k: int, n: int, options: argparse.Namespace) -> Measured:
 
     run(points(k, 8, options.dim))
     x = points(k, n, options.dim)
-    before = begin(device)
+    memory = Memory(device)
     seconds, (losses, gradients) = best(lambda: run(x), options.repeats, device)
     parts = {name: float(part) for name, part in losses.parts.items()}
     norm = along_spheres([g.cpu() for g in gradients], x)
-    return Measured(seconds, peak(device) - before, parts["gap"], norm, parts["sweeps"], parts["marginal_error"])
+    return Measured(seconds, memory.peak() / 2**20, parts["gap"], norm, parts["sweeps"], parts["marginal_error"])
 
 
 def theirs(k: int, n: int, options: argparse.Namespace) -> Measured:
@@ -102,25 +88,13 @@ def theirs(k: int, n: int, options: argparse.Namespace) -> Measured:
     x = points(k, n, options.dim)
     given = tuple(jax.numpy.asarray(rows.numpy()) for rows in x)
     compiled = jax.jit(jax.value_and_grad(gap, has_aux=True)).lower(given).compile()
-    before = begin(torch.device("cpu"))
+    memory = Memory(torch.device("cpu"))
     seconds, found = best(lambda: jax.block_until_ready(compiled(given)), options.repeats, torch.device("cpu"))
     (value, (sweeps, errors)), gradients = found
+    mib = memory.peak() / 2**20
     norm = along_spheres([torch.tensor(jax.device_get(g)) for g in gradients], x)
-    mib = peak(torch.device("cpu")) - before
     loss = float(value) - EPSILON * math.log(n)
     return Measured(seconds, mib, loss, norm, float(sweeps), float(errors[errors >= 0][-1]))
-
-
-def begin(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 2**20
-    forget_peak()
-    return status("VmRSS")
-
-
-def peak(device: torch.device) -> float:
-    return torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else status("VmHWM")
 
 
 def best(call: Callable[[], Any], repeats: int, device: torch.device) -> tuple[float, Any]:
@@ -155,11 +129,7 @@ def matrix_rate(options: argparse.Namespace, n: int) -> float:
 def measured(side: str, k: int, n: int, options: argparse.Namespace) -> Measured:
     own = ["--child", side, str(k), str(n), "--dim", str(options.dim), "--repeats", str(options.repeats)]
     own += ["--device", options.device, "--cores", str(options.cores), *(["--tf32"] if options.tf32 else [])]
-    done = subprocess.run([sys.executable, "-m", "tools.bench.transport", *own], capture_output=True, text=True)
-    for line in done.stdout.splitlines():
-        if line.startswith("@"):
-            return Measured(*map(float, line.split()[1:]))
-    raise SystemExit(f"bench_transport: {side}, k = {k}, n = {n} did not finish:\n{done.stderr[-2000:]}")
+    return Measured(*ask("tools.bench.transport", own))
 
 
 def row(side: str, m: Measured, more: str = "") -> None:
@@ -176,7 +146,7 @@ def compare(options: argparse.Namespace) -> None:
         row("OTT-JAX", other, ratios)
 
 
-def alone(options: argparse.Namespace) -> None:
+def larger(options: argparse.Namespace) -> None:
     for k, n in LARGER[options.device]:
         own, rate = measured("ours", k, n, options), matrix_rate(options, 4096 if options.device == "cuda" else 1024)
         done = 2 * n**k * (math.ceil(own.sweeps * k / 2) + 2) / own.seconds
@@ -184,7 +154,7 @@ def alone(options: argparse.Namespace) -> None:
         row("ours", own)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dim", type=int, default=64)
@@ -192,19 +162,18 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="that each side may use")
     parser.add_argument("--tf32", action="store_true", help="let a GPU round the factors of products to 10 bits")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
     if options.child:
         side, k, n = options.child
         found = (ours if side == "ours" else theirs)(int(k), int(n), options)
-        print("@", *found, flush=True)
-        os._exit(0)
+        answer(found)
     print(f"{'':12}{'seconds':>10}{'MiB':>10}{'loss':>11}{'gradient':>12}{'sweeps':>8}{'error':>10}")
     if options.device == "cpu" and importlib.util.find_spec("ott"):
         compare(options)
     elif options.device == "cpu":
         print('OTT-JAX is not installed, so only our side runs: pip install "ott-jax>=0.6"')
-    alone(options)
+    larger(options)
 
 
 if __name__ == "__main__":

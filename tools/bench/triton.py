@@ -40,11 +40,11 @@ def fused_step(image: Tensor, text: Tensor) -> float:
     """Symmetric InfoNCE of n pairs and its gradients, by the fused kernels."""
     n = len(image)
     scale = torch.tensor([SCALE], device=image.device)
-    every = torch.ones(n, dtype=torch.bool, device=image.device)
-    row_lse, _, column_lse, _ = triton.forward(image, text, scale, every, every)
+    valid = torch.ones(n, dtype=torch.bool, device=image.device)
+    row_lse, _, column_lse, _ = triton.forward(image, text, scale, valid, valid)
     assert column_lse is not None
     share = torch.full((n,), 0.5 / n, device=image.device)
-    grads = triton.backward(image, text, scale, every, every, None, None, row_lse, column_lse, share, share)
+    grads = triton.backward(image, text, scale, valid, valid, None, None, row_lse, column_lse, share, share)
     for grad, other in zip(grads, (text, image)):
         grad.sub_(other, alpha=1 / n).mul_(scale)
     positive = SCALE * (image.float() * text.float()).sum(dim=1)

@@ -1,4 +1,4 @@
-"""Objectives side by side on real data, for tools/compare_*.py: cases, one process a run, results to go on from."""
+"""What objectives.py and tailed.py have alike: cases, one process a run, results to go on from."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Result = Mapping[str, Any]
 class DataSet(NamedTuple):
     """A recipe on real data, cut down to minutes on a core."""
 
-    make: str  # tools/make_NAME.py
+    make: str  # a tool of tools/data
     sources: tuple[str, ...]  # what it reads, below SOURCES
     recipe: str
     steps: int
@@ -44,11 +44,29 @@ class DataSet(NamedTuple):
     note: str
     augmented: bool = False  # views that differ by their augmentation alone are augmented in retrieval too
     without: tuple[str, ...] = ()  # objectives that cannot be had
-    packing: tuple[str, ...] = ()  # options of tools/make_NAME.py
+    packing: tuple[str, ...] = ()  # its options
     objective: Mapping[str, Mapping[str, Any]] = {}  # kind of objective -> what is set for it on these data
 
     def shards(self, out: Path) -> Path:
         return out / "data" / "".join((self.make, *self.packing))
+
+
+AVMNIST = DataSet(
+    make="avmnist",
+    sources=("mnist", "fsdd"),
+    recipe="avmnist",
+    steps=200,
+    settings=(
+        "batch=64",
+        "schedule.warmup=20",
+        "towers.image.encoder.width=8",
+        "towers.audio.encoder={kind: series, channels: 40, strides: [2, 2], width: 64, depth: 2, heads: 2}",
+        "towers.text.encoder.depth=1",
+    ),
+    probed=("image", "audio"),
+    rows=(3000, 1000),
+    note="k = 3: image, spoken digit and caption, paired by class alone.",
+)
 
 
 class Options(NamedTuple):
@@ -81,7 +99,7 @@ class Experiment(NamedTuple):
     write: Callable[[Path, Sequence[Result], Mapping[str, Any]], None]
 
     def settings(self, case: Case, steps: int | None) -> list[str]:
-        """Everything that a run's recipe has of its own but for places and threads; a result is told by them."""
+        """Everything that a run's recipe has of its own but for paths and threads; they identify a result."""
         data, objective = self.data[case.data], self.objectives[case.objective]
         length = [f"steps={steps or data.steps}", "epochs=null"]
         chosen = []
@@ -93,9 +111,9 @@ class Experiment(NamedTuple):
         data = self.data[case.data]
         shards = data.shards(options.out)
         engine = f"engine={{kind: none, device: cpu, precision: fp32, threads: {options.threads}}}"
-        places = [f"run={options.out / 'runs' / case.name}", f"data.train={shards}/train-*.tar"]
+        paths = [f"run={options.out / 'runs' / case.name}", f"data.train={shards}/train-*.tar"]
         frugal = ["loader.workers=0", "log={every: 10, tensorboard: false}", "checkpoint.every=1000000"]
-        own = [*self.settings(case, options.steps), engine, *places, f"data.eval={shards}/test-*.tar", *frugal]
+        own = [*self.settings(case, options.steps), engine, *paths, f"data.eval={shards}/test-*.tar", *frugal]
         return mvpretrain.load_recipe(ROOT / f"recipes/{data.recipe}.yaml", own)
 
     def planned(self, case: Case, options: Options) -> dict[str, Any]:

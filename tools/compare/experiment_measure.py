@@ -1,4 +1,4 @@
-"""What the runs of tools/compare_*.py measure alike: held-out embeddings, features, the time of a step."""
+"""What the runs of objectives.py and tailed.py measure alike: held-out embeddings, features, the time of a step."""
 
 from __future__ import annotations
 

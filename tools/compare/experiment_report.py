@@ -1,4 +1,4 @@
-"""What the reports of tools/compare_*.py have alike: means and spreads over seeds, how they are printed and drawn."""
+"""What the reports of objectives.py and tailed.py have alike: means and spreads over seeds, printed and drawn."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def over_seeds(found: Sequence[float]) -> Spread:
 
 
 def quiet(axes: Axes) -> None:
-    """Horizontal lines behind what is drawn."""
+    """Horizontal lines below what is drawn."""
     axes.grid(axis="y", color="#edf2f7")
     axes.set_axisbelow(True)
 

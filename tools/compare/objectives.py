@@ -6,7 +6,7 @@
 
 Writes OUT/comparison.{md,json,png}. A run is a process of its own and leaves OUT/results/NAME.json when it is finished;
 started again, the command goes on with those that are missing, also with more seeds or objectives. SOURCES holds the
-folders mfeat, mnist, fsdd and cifar10_jpg, as tools/make_*.py read them; a data set that is not there is left out.
+folders mfeat, mnist, fsdd and cifar10_jpg, as tools/data/*.py read them; a data set that is not there is left out.
 
 Scores are on held-out data. Linear probes read the encoders' features before the head, from 10 and 50 labelled samples
 a class (mean of three draws) and from all; with several encoders, the mean over views. Retrieval is R@1 in the shared

@@ -18,7 +18,7 @@ from mvpretrain.evaluation.retrieval import retrieval
 from mvpretrain.model.task import Task
 from mvpretrain.recipe import Recipe
 from mvpretrain.types import Embeddings
-from tools.compare.experiment import DataSet
+from tools.compare.experiment import AVMNIST, DataSet
 from tools.compare.experiment_measure import CPU, embedded, features, logged, sizes, stream
 
 DRAWS = 3  # of the labelled samples
@@ -38,20 +38,7 @@ MFEAT = DataSet(
 FOUR_CROPS = "{kind: image, field: jpg;png, tower: image, size: 16, normalize: half, augment: simclr}"
 DATA = {
     "mfeat": MFEAT,
-    "avmnist": DataSet(
-        make="avmnist",
-        sources=("mnist", "fsdd"),
-        recipe="avmnist",
-        steps=200,
-        settings=(
-            "batch=64",
-            "schedule.warmup=20",
-            "towers.image.encoder.width=8",
-            "towers.audio.encoder={kind: series, channels: 40, strides: [2, 2], width: 64, depth: 2, heads: 2}",
-            "towers.text.encoder.depth=1",
-        ),
-        probed=("image", "audio"),
-        rows=(3000, 1000),
+    "avmnist": AVMNIST._replace(
         note="k = 3: image, spoken digit and caption, paired by class alone. Each sample is its own only positive in "
         "training, though a tenth of a batch is of its class; retrieval is scored by class "
         "and is easy. The probes leave out the captions, which name the class.",

@@ -6,10 +6,10 @@
 
 Writes OUT/comparison.{md,json,png}, OUT/temperatures.png and OUT/augmentations.png, each of what there are results of.
 A run is a process of its own and leaves OUT/results/NAME.json when it is finished; started again, the command goes on
-with those that are missing. SOURCES holds mnist, fsdd, cifar10_jpg and eurosat_2k5, as tools/make_*.py read them.
+with those that are missing. SOURCES holds mnist, fsdd, cifar10_jpg and eurosat_2k5, as tools/data/*.py read them.
 
 Training sees a long tail of the classes (tools/data/long_tail.py); labels are balanced, for probes and tests
-alike. Accuracy is given of all classes and apart of the most frequent, the middle and the rarest third. The data sets
+alike. Accuracy is given of all classes, and of the most frequent, the middle and the rarest third each. The data sets
 cifar10-1 to cifar10-5 are one axis more: so many augmentations, one added after the other.
 """
 

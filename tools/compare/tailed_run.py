@@ -17,7 +17,7 @@ from mvpretrain.evaluation.retrieval import retrieval
 from mvpretrain.model.task import Task
 from mvpretrain.recipe import Recipe
 from mvpretrain.types import SampleTemperatures
-from tools.compare.experiment import DataSet
+from tools.compare.experiment import AVMNIST, DataSet
 from tools.compare.experiment_measure import CPU, embedded, features, logged, sizes, stream
 
 THIRDS = ("head", "middle", "tail")
@@ -81,21 +81,12 @@ CIFAR10 = DataSet(
     objective=IN_VIEW,
 )
 DATA = {
-    "avmnist": DataSet(
-        make="avmnist",
-        sources=("mnist", "fsdd"),
-        recipe="avmnist",
-        steps=200,
+    "avmnist": AVMNIST._replace(
         settings=(
-            "batch=64",
-            "schedule.warmup=20",
-            "towers.image.encoder.width=8",
-            "towers.audio.encoder={kind: series, channels: 40, strides: [2, 2], width: 64, depth: 2, heads: 2}",
-            "towers.text.encoder.depth=1",
+            *AVMNIST.settings,
             *(f"towers.{tower}.head.norm=batch" for tower in ("image", "audio", "text")),
             DIM,
         ),
-        probed=("image", "audio"),
         rows=(500, 1000),
         note="k = 3: image, spoken digit and caption, paired by class alone; the most frequent class is 100 times the "
         "rarest. Retrieval is scored by class. The probes leave out the captions, which name the class.",

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     begin = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the other tree and its processes go as well
     try:
-        with place(args.keep) as folder, sides(args.ref, folder) as both:
+        with results_folder(args.keep) as folder, sides(args.ref, folder) as both:
             print(f"then: {git('log', '-1', '--format=%h %s', args.ref)}\nnow:  {ROOT}\n", flush=True)
             good = True
             if args.only != "runs":
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 @contextmanager
-def place(keep: Path | None) -> Iterator[Path]:
+def results_folder(keep: Path | None) -> Iterator[Path]:
     """The folder to keep, or one for the time being."""
     if keep:
         keep.mkdir(parents=True)

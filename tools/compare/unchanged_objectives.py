@@ -28,7 +28,7 @@ def objectives(both: Sequence[Side], kinds: Sequence[str], thorough: bool) -> It
         then, now = ({k: v for k, v in table.items() if k.startswith(f"{kind} ")} for table in tables)
         yield grouped(f"objective {kind}", then, now)
     if set(kinds) == set(SETTINGS):
-        known = [dict.fromkeys(told(side)["kinds"], 0.0) for side in both]
+        known = [dict.fromkeys(summary(side)["kinds"], 0.0) for side in both]
         untried = {k for names in known for k in names if k not in SETTINGS}
         group = grouped("kinds of objective", *known)
         yield group._replace(lonely=group.lonely | {f"{k} (add it to unchanged_settings.py)" for k in untried})
@@ -56,7 +56,7 @@ def results(side: Side) -> dict[str, Tensor]:
     return found
 
 
-def told(side: Side, ranks: int = 1, rank: int = 0) -> dict[str, list[str]]:
+def summary(side: Side, ranks: int = 1, rank: int = 0) -> dict[str, list[str]]:
     return json.loads((side.folder / f"objectives-{ranks}/rank-{rank}.json").read_text())
 
 
@@ -65,6 +65,6 @@ def refuse_other_package(side: Side) -> None:
     package = (side.tree / "mvpretrain").resolve()
     for ranks in RANKS:
         for rank in range(ranks):
-            for path in told(side, ranks, rank)["files"]:
+            for path in summary(side, ranks, rank)["files"]:
                 if not Path(path).is_relative_to(package):
                     raise RuntimeError(f"the side {side.name} imported {path}, which is not in {package}")

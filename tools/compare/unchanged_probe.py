@@ -4,7 +4,7 @@
 
 Writes OUT/rank-RANK.safetensors with value, parts, gradients, parameters, buffers and numbers by sample id of every
 case, and OUT/rank-RANK.json with the kinds of objective and the files of the package that was found. It imports nothing
-beside itself, so that the same file serves any state of the package; where a name has moved, WHERE lists its places.
+beside itself, so that the same file serves any state of the package; where a name has moved, WHERE lists its paths.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ SPLITS = {
 
 def find(thing: str) -> Any:
     """The class or function under the first of its names that there is. LookupError: none of them."""
-    for place in WHERE[thing]:
-        module, _, name = place.partition(":")
+    for path in WHERE[thing]:
+        module, _, name = path.partition(":")
         try:
             return getattr(import_module(module), name)
         except (ModuleNotFoundError, AttributeError):
             continue
-    raise LookupError(f"{thing} is at none of {', '.join(WHERE[thing])}; add its place to WHERE of {__file__}")
+    raise LookupError(f"{thing} is at none of {', '.join(WHERE[thing])}; add where it is to WHERE of {__file__}")
 
 
 def draw(seed: int, *shape: int) -> Tensor:
@@ -115,7 +115,7 @@ def observed(case: dict[str, Any], collectives: Any) -> Iterator[tuple[str, Tens
         if step == 1:
             find("forget")(objective)
         else:
-            descend(objective, collectives)
+            optimizer_step(objective, collectives)
     yield from ((f"end/{name}", x) for name, x in state_of(objective, collectives.rank))
     yield "end/next random number", torch.rand(1)
     objective.eval()
@@ -146,7 +146,7 @@ def one_step(objective: nn.Module, case: dict[str, Any], step: int, collectives:
 
 
 @torch.no_grad()
-def descend(objective: nn.Module, collectives: Any) -> None:
+def optimizer_step(objective: nn.Module, collectives: Any) -> None:
     """A step of plain gradient descent by the mean over ranks."""
     for p in objective.parameters():
         if p.requires_grad:

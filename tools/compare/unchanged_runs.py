@@ -148,7 +148,7 @@ def made_shards(data: Path, scratch: Path) -> Path:
         data = made_up(scratch / "made-up")
     tool = next((path for path in MAKERS if (ROOT / path).is_file()), None)
     if tool is None:
-        raise ValueError(f"none of {', '.join(MAKERS)} is there; add the tool's new place to MAKERS")
+        raise ValueError(f"none of {', '.join(MAKERS)} is there; add the tool's new path to MAKERS")
     start = ["-m", tool.removesuffix(".py").replace("/", ".")] if (ROOT / tool).parent.name == "data" else [tool]
     done = subprocess.run([sys.executable, *start, str(data), str(scratch / "shards")], cwd=ROOT, capture_output=True)
     if done.returncode:

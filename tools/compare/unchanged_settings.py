@@ -92,7 +92,7 @@ SETTINGS: dict[str, list[Settings]] = {
 
 # The numbers of views that are tried, by the number of ranks; a kind that takes others only says so in VIEWS.
 BY_RANKS: dict[int, tuple[int, ...]] = {1: (2, 3, 4, 6), 2: (2, 3), 3: (3, 4)}
-EVERY = (2, 3, 4, 6)
+ALL = (2, 3, 4, 6)
 VIEWS: dict[str, tuple[int, ...]] = {"triangle": (3,)}
 DTYPES = ("float32", "float64")
 
@@ -105,7 +105,7 @@ def cases(kinds: Iterable[str], ranks: int, thorough: bool = False) -> list[dict
     """
     found = []
     for kind in kinds:
-        views = [k for k in (EVERY if thorough else BY_RANKS[ranks]) if k in VIEWS.get(kind, (k,))]
+        views = [k for k in (ALL if thorough else BY_RANKS[ranks]) if k in VIEWS.get(kind, (k,))]
         for i, settings in enumerate(SETTINGS[kind]):
             tried = [(k, dtype, "small") for k in views for dtype in DTYPES]
             if i == 0 and (ranks == 1 or thorough):

@@ -8,7 +8,7 @@ recording of its class, drawn with replacement: there are 2,700 recordings to tr
 images. `test` pairs MNIST's test images with takes 0 to 4, FSDD's official test part; no image or recording is in both.
 `--tail` and `--val`: see long_tail.py; `val` has recordings of training's takes.
 
-Fields: `png` (28 x 28, grey), `wav` (8 kHz, as recorded), `txt` (see make_digits.py), `cls`.
+Fields: `png` (28 x 28, grey), `wav` (8 kHz, as recorded), `txt` (see digits.py), `cls`.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def splits(args: argparse.Namespace) -> dict[str, Iterator[dict[str, Any]]]:
         images, labels = idx(args.mnist, f"{part}-images-idx3-ubyte"), idx(args.mnist, f"{part}-labels-idx1-ubyte")
         spoken = recordings(args.fsdd, test)
         rows = {"test": drawn(labels, args.test, 1.0, rng)} if test else parts(labels, args, rng)
-        found |= {split: pairs(images, labels, places, spoken, split, rng) for split, places in rows.items()}
+        found |= {split: pairs(images, labels, chosen, spoken, split, rng) for split, chosen in rows.items()}
     return found
 
 

@@ -3,7 +3,7 @@
     python -m tools.data.cifar10 SOURCE OUT [--train 2500] [--val 100] [--tail 100]
 
 SOURCE is a folder with train/<class>/*.jpg and test/<class>/*.jpg (or .png), or a tar of it, compressed or not. It is
-held in memory. Fields: the image as it is, under its ending; `cls`, the place of its class among the sorted names,
+held in memory. Fields: the image as it is, under its ending; `cls`, the index of its class among the sorted names,
 which OUT/classes.json lists. Both parts are shuffled: in the source they are sorted by class. `--tail` and `--val`: see
 long_tail.py.
 """
@@ -56,7 +56,7 @@ def chosen(images: Iterable[Key], args: argparse.Namespace) -> dict[str, list[Ke
     train = keys["train"]
     labels = np.unique([key[1] for key in train], return_inverse=True)[1]
     drawn = parts(labels, args, np.random.default_rng(args.seed))
-    return keys | {split: [train[i] for i in places] for split, places in drawn.items()}
+    return keys | {split: [train[i] for i in rows] for split, rows in drawn.items()}
 
 
 def samples(images: dict[Key, bytes], keys: Iterable[Key], classes: Sequence[str]) -> Iterator[dict[str, Any]]:

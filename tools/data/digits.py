@@ -60,9 +60,9 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def split(labels: np.ndarray, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-    """The places of four fifths of every class, and of the other fifth, each shuffled."""
-    places = [rng.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
-    test = np.concatenate([p[: round(len(p) / 5)] for p in places])
+    """The rows of four fifths of every class, and of the other fifth, each shuffled."""
+    rows = [rng.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
+    test = np.concatenate([p[: round(len(p) / 5)] for p in rows])
     train = np.setdiff1d(np.arange(len(labels)), test)
     return rng.permutation(train).tolist(), rng.permutation(test).tolist()
 

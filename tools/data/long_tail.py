@@ -1,8 +1,8 @@
 """Which samples a tool packs to train on: all, so many, or a long tail of the classes; and some set aside before.
 
-In a long tail of ratio R, the class at place p of C comes in proportion to R ** (-p / (C - 1)): the first is R times as
-frequent as the last (Cui et al., CVPR 2019, section 5.1). Places are a fixed random permutation of the classes, whose
-own order may mean something, as that of digits does.
+In a long tail of ratio R, the class at position p of C comes in proportion to R ** (-p / (C - 1)): the first is R times
+as frequent as the last (Cui et al., CVPR 2019, section 5.1). Positions are a fixed random permutation of the classes,
+whose own order may mean something, as that of digits does.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 
 import numpy as np
 
-PERMUTATION = 1  # the seed of the classes' places, the same whatever is drawn
+PERMUTATION = 1  # the seed of the classes' positions, the same whatever is drawn
 
 
 def add_options(parser: argparse.ArgumentParser, what: str, train: int | None = None) -> None:
@@ -26,7 +26,7 @@ def add_val(parser: argparse.ArgumentParser) -> None:
 
 
 def parts(labels: np.ndarray, options: argparse.Namespace, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """{split: places of its samples}: `train`, and the balanced `val` where `options` ask for one."""
+    """{split: rows of its samples}: `train`, and the balanced `val` where `options` ask for one."""
     if not getattr(options, "val", 0):
         return {"train": drawn(labels, options.train, options.tail, rng)}
     val, rest = aside(labels, options.val, rng)
@@ -34,7 +34,7 @@ def parts(labels: np.ndarray, options: argparse.Namespace, rng: np.random.Genera
 
 
 def drawn(labels: np.ndarray, total: int | None, ratio: float, rng: np.random.Generator) -> np.ndarray:
-    """Places of samples drawn without replacement, shuffled; all in their order where nothing else is asked for.
+    """Rows of samples drawn without replacement, shuffled; all in their order where nothing else is asked for.
 
     ValueError: a ratio below 1, a class with fewer samples than are wanted, or of which none would be left.
     """
@@ -55,19 +55,19 @@ def drawn(labels: np.ndarray, total: int | None, ratio: float, rng: np.random.Ge
 
 def sizes(counts: np.ndarray, total: int | None, ratio: float) -> np.ndarray:
     """How many of each class are drawn from `counts`; with `total` None the most that the profile allows."""
-    share = counts / counts.sum() if ratio == 1 else ratio ** (-places(len(counts)) / (len(counts) - 1))
+    share = counts / counts.sum() if ratio == 1 else ratio ** (-positions(len(counts)) / (len(counts) - 1))
     if total is None:
         return np.round(share * (counts / share).min()).astype(int)
     return np.diff(np.round(np.cumsum([0, *share * (total / share.sum())]))).astype(int)
 
 
-def places(classes: int) -> np.ndarray:
-    """The place of each class in the tail, 0 for the most frequent."""
+def positions(classes: int) -> np.ndarray:
+    """The position of each class in the tail, 0 for the most frequent."""
     return np.random.default_rng(PERMUTATION).permutation(classes)
 
 
 def aside(labels: np.ndarray, each: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """(places of `each` samples of every class, shuffled, and all others in order). ValueError: too few are there."""
+    """(rows of `each` samples of every class, shuffled, and all others in order). ValueError: too few are there."""
     counts = np.bincount(labels)
     if each >= counts.min():
         rarest = int(counts.argmin())

@@ -16,7 +16,7 @@ from mvpretrain.data.sources import SourceConfig, registry
 from mvpretrain.shards.pack import array_bytes
 from mvpretrain.types import Sample, Source
 from mvpretrain.views.vector import VectorConfig
-from tests.shards.test_index import write_shards
+from tests.shards.samples import write_shards
 
 VIEWS = {"x": VectorConfig(field="x.npy", dim=3), "y": VectorConfig(field="y.npy", dim=3)}
 

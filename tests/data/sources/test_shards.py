@@ -12,7 +12,7 @@ from mvpretrain.shards import urls as urls_module
 from mvpretrain.shards.index import Index
 from mvpretrain.types import BadSample
 from mvpretrain.views import ViewConfig
-from tests.shards.test_index import plain, samples_of, write_shards
+from tests.shards.samples import plain, samples_of, write_shards
 
 VIEWS = {"image": ("bin", "some"), "text": ("txt", "any")}
 

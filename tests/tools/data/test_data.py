@@ -88,10 +88,10 @@ def test_avmnist(tool: Any, tmp_path: Path) -> None:
 
 def test_long_tail(tool: Any) -> None:
     tail, rng = tool("data.long_tail"), np.random.default_rng(0)
-    order = tail.places(10)
+    order = tail.positions(10)
     assert sorted(order) == list(range(10)) and abs(np.corrcoef(order, np.arange(10))[0, 1]) < 0.1
     labels = np.repeat(np.arange(10), 500)
-    # The profile: class at place p has 500 * 100 ** (-p / 9), and only those of its own.
+    # The profile: class at position p has 500 * 100 ** (-p / 9), and only those of its own.
     expected = [round(500 * 100 ** (-p / 9)) for p in order]
     rows = tail.drawn(labels, None, 100, rng)
     assert np.bincount(labels[rows]).tolist() == expected and len(set(rows.tolist())) == len(rows)
