@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -114,6 +115,8 @@ def read(path: Path) -> dict[str, Any]:
     if path.suffix == ".pt":
         module: Any = SimpleNamespace(Unpickler=Unpickler, load=pickle.load, __name__="pickle")
         return dict(flat(torch.load(path, map_location="cpu", weights_only=False, pickle_module=module)))
+    if path.suffix == ".yaml":
+        return dict(flat(yaml.safe_load(path.read_text())))
     return {"text": path.read_text()}
 
 
