@@ -76,11 +76,15 @@ class M3GConfig(ObjectiveConfig):
         k = views if self.views == "all" else len(self.views)
         n, own = (rows, rows) if self.scope == "rank" else (gathered, rows)
         tables = (k - 1) * own * n + (k - 1) * (k - 2) // 2 * n * n
-        # Costs, kernels (both ways round beyond three views) and the plan's pairs; six tables of a block and its sums.
+        # Costs, kernels (both ways round beyond three views), the pairs of this step's plan and of the next one's; six
+        # tables of a block and its sums; the Hessian, and one block of it on its way there, in float64.
         block = max(n * n, min(n ** (k - 1), sinkhorn.BLOCK["cuda" if torch.cuda.is_available() else "cpu"]))
-        held = (3 + (k > 3)) * tables + 6 * block
+        held = (4 + (k > 3)) * tables + 6 * block
+        hessian = (own + (k - 1) * n) ** 2 + 2 * n * n
         wide = sinkhorn.MAX_RANGE[torch.float32] * self.scale(k) < 2 * (k - 1) / k
-        return super().memory(views, rows, gathered, dim) + held * (8 if wide else 4) + 3 * k * n * dim * 4
+        return (
+            super().memory(views, rows, gathered, dim) + held * (8 if wide else 4) + hessian * 8 + 3 * k * n * dim * 4
+        )
 
 
 class PresentRows(NamedTuple):

@@ -68,7 +68,7 @@ def score_rows(found: Findings, data: str) -> list[list[str]]:
 
 def cost_rows(found: Findings, data: str) -> list[list[str]]:
     rows = [["objective", "step, ms", "objective, share", "backward, share", "objective alone, ms"]]
-    rows[0] += ["temperature", "sweeps", "error"]
+    rows[0] += ["temperature", "Newton steps", "gradient error"]
     for objective in found.compared(data):
         costs = [cost for cost in found.values(data, objective, "cost") if cost]
         if costs:
@@ -83,7 +83,8 @@ def cost_cells(costs: Sequence[Mapping[str, Any]]) -> list[str]:
     shares = [[100 * p[name] / step for p, step in zip(phases, steps)] for name in ("objective", "backward") if phases]
     last = [logged(cost["last"]) for cost in costs]
     ended = [
-        [record[name] for record in last if name in record] for name in ("temperature", "sweeps", "marginal_error")
+        [record[name] for record in last if name in record]
+        for name in ("temperature", "newton_steps", "gradient_error")
     ]
     columns = [
         (steps, ".0f"),

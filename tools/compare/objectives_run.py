@@ -72,7 +72,7 @@ DATA = {
 
 OBJECTIVES: dict[str, dict[str, Any] | None] = {
     "m3g": {"kind": "m3g", "epsilon": 0.2},
-    "m3g-sharp": {"kind": "m3g", "temperature": 0.2, "tolerance": 0.01, "max_sweeps": 10},
+    "m3g-sharp": {"kind": "m3g", "temperature": 0.2},
     "infonce": {"kind": "infonce", "temperature": {"init": 0.07}},
     "one_vs_rest": {"kind": "one_vs_rest", "temperature": {"init": 0.07}},
     "symile": {"kind": "symile"},

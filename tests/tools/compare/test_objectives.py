@@ -164,7 +164,7 @@ def made_up(report: ModuleType, objective: str, seed: int, shift: float) -> dict
     names = [*report.PROBES, *report.RETRIEVAL]
     scores = {name: 0.1 * (i + 1) + shift + 0.01 * seed for i, name in enumerate(names)}
     phases = {"encode": 20.0, "objective": 10.0, "backward": 10.0}
-    cost = {"phases": phases, "objective_ms": 12.0 + seed, "last": {"temperature": 0.25, "sweeps": 4.0}}
+    cost = {"phases": phases, "objective_ms": 12.0 + seed, "last": {"temperature": 0.25, "newton_steps": 4.0}}
     sizes = {"seen": 6000, "train": 1600, "labelled": 1600, "held_out": 400}
     made = {"data": "mfeat", "objective": objective, "seed": seed, "settings": ["batch=12", "objective={}", "seed=1"]}
     return {**made, "scores": {**scores, "chance": 0.0025}, "sizes": sizes, "cost": cost if objective == "m3g" else {}}
