@@ -122,7 +122,7 @@ class _Loop:
     def run(self, state: TrainState) -> None:
         settings, timer = self.settings, self.engine.phase_timer
         bad = BadSamples(settings.loader.max_bad_share, settings.loader.max_bad_in_row)
-        throughput, nonfinite = Throughput(settings.batch, timer), 0
+        throughput, nonfinite, unconverged = Throughput(settings.batch, timer), 0, Unconverged()
         with stop_signals() as signals:
             batches = self.stream.batches(state.cursor)
             while state.step < settings.steps:
@@ -136,9 +136,12 @@ class _Loop:
                 state = TrainState(state.step + 1, cursor, dict(Counter(state.skipped) + reasons), state.metrics)
                 nonfinite = 0 if done.stepped else nonfinite + 1
                 self.check_finite(state.step, nonfinite, done)
+                unconverged.add(done.parts)
                 self.log.step(state.step)
                 if state.step % settings.log.every == 0 or state.step == settings.steps:
                     self.log.write(state.step, self.figures(state, done, throughput))
+                    for sentence in unconverged.sentences():
+                        self.log.say(f"step {state.step}: {sentence}")
                 state = self.evaluate_and_save(state, bool(signalled))
                 if signalled:
                     raise Preempted(
@@ -208,6 +211,35 @@ class Throughput:
         took, self.begin = now - self.begin, now
         times = {f"time/{phase}": value for phase, value in phases.items()}
         return {"samples/s": steps * self.batch / took, "data_wait": steps * phases["data"] / 1000 / took, **times}
+
+
+class Unconverged:
+    """Counts the steps in which a solver inside the objective ended short of its tolerance.
+
+    Those are the parts called `unconverged`, 1 where it did; they are read when the step is logged, not before.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.counts: dict[str, torch.Tensor] = {}
+
+    def add(self, parts: Mapping[str, torch.Tensor]) -> None:
+        self.steps += 1
+        for name, part in parts.items():
+            if name.rpartition("/")[2] == "unconverged":
+                self.counts[name] = self.counts[name] + part if name in self.counts else part
+
+    def sentences(self) -> list[str]:
+        """One for each solver that did not converge since the last call."""
+        counts = {name.rpartition("/")[0]: int(count) for name, count in self.counts.items()}
+        found = [
+            f"the solver of {name or 'the objective'} ended short of its tolerance in {count} of the last {self.steps} "
+            "step(s), by as much as gradient_error says; raise objective.max_steps, or the temperature"
+            for name, count in counts.items()
+            if count
+        ]
+        self.steps, self.counts = 0, {}
+        return found
 
 
 def mean(parts: Mapping[str, torch.Tensor], collectives: Collectives) -> dict[str, float]:

@@ -14,8 +14,8 @@ from torch import nn
 from mvpretrain import recipe
 from mvpretrain.engine import Engine, resolve, start
 from mvpretrain.training import checkpoint
-from mvpretrain.training.loop import run_loop
-from mvpretrain.training.train import loop_settings
+from mvpretrain.training.loop import Unconverged, run_loop
+from mvpretrain.training.train import loop_settings, train
 from mvpretrain.types import Batch, Losses
 
 VALUE = {
@@ -85,3 +85,24 @@ def test_another_module_is_trained_evaluated_saved_and_resumed(tmp_path):
 def test_micro_batches_of_another_module_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"engine\.micro_batch=4 works on a contrastive Task .* not on a Predicts"):
         trained(tmp_path, micro_batch=4)
+
+
+def test_a_solver_that_did_not_converge_is_counted_and_said():
+    counted = Unconverged()
+    for step in range(6):
+        short = torch.tensor(float(step in (1, 4)))
+        counted.add({"loss": torch.tensor(2.0), "unconverged": short, "m3g/unconverged": torch.tensor(0.0)})
+    (sentence,) = counted.sentences()
+    assert sentence.startswith("the solver of the objective ended short of its tolerance in 2 of the last 6 step(s)")
+    assert not counted.sentences()
+    counted.add({"m3g/unconverged": torch.tensor(1.0)})
+    assert "the solver of m3g ended short of its tolerance in 1 of the last 1" in counted.sentences()[0]
+
+
+def test_m3g_says_so_in_the_log(tmp_path, capsys):
+    objective = {"kind": "m3g", "temperature": 0.002, "max_steps": 0}
+    value = VALUE | {"run": str(tmp_path), "objective": objective, "evaluation": {"every": 0}}
+    train(recipe.parse(value | {"checkpoint": {"every": 6}}))
+    assert (
+        "step 1: the solver of the objective ended short of its tolerance in 1 of the last 1" in capsys.readouterr().out
+    )

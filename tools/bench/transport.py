@@ -5,9 +5,9 @@
     python -m tools.bench.transport --device cuda    # ours on a GPU, as a share of its matrix rate; add --tf32
 
 Ours stops where the gradient is estimated to be right to 1e-3, theirs at a marginal error of 1e-3, in float32; OTT's is
-jitted and compiled before, ours has run on a small batch before. Every side runs in a process of its own. Time: the best of the repeats. Memory: the peak of the process
-above what it held before loss and gradient (on a GPU, of its allocator). Ratios are theirs over ours. OTT-JAX is no
-dependency: `pip install "ott-jax>=0.6"`.
+jitted and compiled before, ours has run on a small batch before. Every side runs in a process of its own. Time: the
+best of the repeats. Memory: the peak of the process above what it held before loss and gradient (on a GPU, of its
+allocator). Ratios are theirs over ours. OTT-JAX is no dependency: `pip install "ott-jax>=0.6"`.
 """
 
 from __future__ import annotations

@@ -34,8 +34,9 @@ each has the temperature that is given with it. All are on held-out samples.
 COSTS = f"""\
 Cost: milliseconds a step from the log, first records left out; `objective, share` is the objective's forward part of
 the step (its backward part is in `backward`); `objective alone` is loss and gradient of one batch of trained held-out
-rows, median of {REPEATS}. `temperature` is the last one that was logged (of Symile its scale, a factor), `sweeps` and
-`error` are those of M3G's last logged step. Where several runs shared the machine, times are of that machine."""
+rows, median of {REPEATS}. `temperature` is the last one that was logged (of Symile its scale, a factor), `Newton steps`
+and `gradient error`, as estimated, are those of M3G's last logged step. Where several runs shared the machine, times
+are of that machine."""
 
 
 def write(out: Path, results: Sequence[Result], about: Mapping[str, Any]) -> None:

@@ -22,11 +22,11 @@ def test_costs_of_objectives(tool: Any) -> None:
     pairs, b, n, d = 3, 100, 400, 64
     assert tool.objective_flops("infonce", work, 4) == 2 * pairs * 4 * b * n * d
     assert tool.objective_flops("sogclr", work, 4) == 2 * tool.objective_flops("infonce", work, 4)
-    assert tool.objective_flops("m3g", work, 4) == 11 * 3 * 2 * n**3 / 4
+    assert tool.objective_flops("m3g", work, 4) == 18 * 2 * n**3 / 4
     table = 4 * n * d * 3
     assert sorted(tool.messages("infonce", work, 4))[-2:] == [table, table]
     assert tool.messages("sogclr", work, 4) == [table, 8 * n * 3]
-    assert len(tool.messages("m3g", work, 4)) == 2 + 3 * 10
+    assert len(tool.messages("m3g", work, 4)) == 2 + 2 * 3 + 200
     with pytest.raises(ValueError, match="three views, got 2"):
         tool.objective_flops("m3g", work._replace(views=2), 4)
 
