@@ -63,22 +63,27 @@ class BatchMean(NamedTuple):
     The divisor is the global number of rows that count, divided by the number of ranks; a mean over no rows is 0.
     """
 
-    divisor: Tensor | float
+    count: Tensor | int
+    rows: int  # of this rank's table
+    gathered_rows: int
+    sharers: int = 1  # means over the same rows that share their weight
 
     @classmethod
-    def over(cls, counts: Int[Tensor, "*v"], local: Embeddings, gathered: Embeddings, dtype: torch.dtype) -> BatchMean:
-        """Over that many rows of all ranks, or over the sum of several such numbers, each rounded to `dtype` once it is
-        divided by the number of ranks.
-        """
-        part = len(local.ids) / len(gathered.ids)
-        return cls((counts.to(dtype) * part).sum().clamp_min(part))
+    def over(
+        cls, counts: Int[Tensor, "*v"] | int, local: Embeddings, gathered: Embeddings, sharers: int = 1
+    ) -> BatchMean:
+        """Over that many rows of all ranks, or over the sum of several such numbers."""
+        count = max(counts, 1) if isinstance(counts, int) else counts.sum().clamp_min(1)
+        return cls(count, len(local.ids), len(gathered.ids), sharers)
 
-    @classmethod
-    def over_count(cls, count: int, local: Embeddings, gathered: Embeddings) -> BatchMean:
-        """Over that many rows of all ranks; the divisor is rounded once, in float64."""
-        return cls(max(count, 1) * len(local.ids) / len(gathered.ids))
+    def divisor(self, dtype: torch.dtype) -> Tensor | float:
+        """Rounded once, in the type of what it divides: quotients of integers are float32, too coarse for float64."""
+        count = self.count
+        if isinstance(count, Tensor):
+            count = count.to(dtype if dtype.is_floating_point else torch.get_default_dtype())
+        return count * self.rows / (self.gathered_rows * self.sharers)
 
     def __call__(self, values: Tensor, valid: Bool[Tensor, " b"] | None = None) -> Tensor:
         """The sum of the local rows' values, of the valid ones alone where given, over the divisor."""
         kept = values if valid is None else values.masked_fill(~valid, 0)
-        return kept.sum() / self.divisor
+        return kept.sum() / self.divisor(kept.dtype)

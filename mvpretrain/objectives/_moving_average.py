@@ -189,8 +189,7 @@ class MovingAverages(nn.Module):
         for w, x in enumerate(terms):
             weight = (x.log_g.detach() - with_eps[own, w]).exp()
             sharing = members[self.slot[w]]  # the directions of one average, whose gradient is theirs together
-            mean = BatchMean.over(valid[:, sharing].sum(), local, gathered, torch.float32)
-            mean = BatchMean(mean.divisor / len(sharing))
+            mean = BatchMean.over(valid[:, sharing].sum(), local, gathered, len(sharing))
             accuracy = mean(x.hit & x.valid)
             anchors.append(AnchorAverages(x.log_g, with_eps[own, w], weight, inner[own, w], x.valid, mean, accuracy))
         return BatchAverages(anchors, log_u, seen, torch.stack(slope, dim=1), all_tau, valid)

@@ -57,7 +57,7 @@ def direction_loss(
     if others is not None:
         # Rows that are no anchors: where neither sum has a term, the gradient of logaddexp would be NaN.
         log_sum = torch.logaddexp(*(x.masked_fill(~sums.is_anchor, 0) for x in (sums.lse, others)))
-    mean = BatchMean.over(sums.anchor_count, local, gathered, log_sum.dtype)
+    mean = BatchMean.over(sums.anchor_count, local, gathered)
     losses = (log_sum - scale * sums.positive).masked_fill(~sums.is_anchor, 0)
     losses = losses if weighting is None else weighting(direction, losses, sums.is_anchor)
     hits = (gathered.ids[sums.argmax] == local.ids) & sums.is_anchor

@@ -81,7 +81,7 @@ def complete(table: Embeddings, views: Sequence[str]) -> Tuples:
 
 def tuple_mean(local: Embeddings, gathered: Embeddings, tuples: Tuples) -> BatchMean:
     """The mean over all complete tuples, `tuples` those of the gathered table."""
-    return BatchMean.over_count(len(tuples.ids), local, gathered)
+    return BatchMean.over(len(tuples.ids), local, gathered)
 
 
 def contrast(

@@ -14,6 +14,7 @@ from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.distributed.gather import BatchMean, own_rows
 from mvpretrain.distributed.sample_state import SampleState
 from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.objectives._inputs import any_rows
 from mvpretrain.objectives._moving_average import temperature_parts
 from mvpretrain.objectives._settings import pair_count, pairs_of
 from mvpretrain.similarity.groups import Groups, group_mean
@@ -82,6 +83,7 @@ class ALDR(nn.Module):
         self.directions = directions_of(self.pairs)
         self.store = SampleState(len(self.directions), collectives, config.device)
 
+    @any_rows
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         like = next(iter(local.z.values())).detach()
         old = self.store.read(gathered.ids, like.to(torch.promote_types(like.dtype, torch.float32)))
@@ -95,7 +97,7 @@ class ALDR(nn.Module):
         values, hits = [], []
         for w, f in enumerate(found):
             anchors = valid[own, w]
-            mean = BatchMean.over(valid[:, w].sum(), local, gathered, torch.float32)
+            mean = BatchMean.over(valid[:, w].sum(), local, gathered)
             values.append(mean(self.losses(f, temperatures[w], anchors), anchors))
             hits.append(mean((f.positive > f.top) & anchors))
         if self.training:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.distributed.gather import BatchMean
 from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.objectives._inputs import any_rows
 from mvpretrain.similarity import autograd
 from mvpretrain.similarity.groups import count_by_key
 from mvpretrain.types import Embeddings, Losses
@@ -60,6 +61,7 @@ class AlignmentUniformity(nn.Module):
         super().__init__()
         self.config, self.views, self.collectives = config, list(views), collectives
 
+    @any_rows
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         pairs = list(combinations(self.views, 2))
         alignment = torch.stack([self.distance(local, gathered, u, v) for u, v in pairs]).mean()
@@ -74,7 +76,7 @@ class AlignmentUniformity(nn.Module):
         squares = (at_least_float32(local.z[u][both]) - at_least_float32(local.z[v][both])).square().sum(dim=1)
         powers = squares if self.config.alpha == 2 else squares.clamp_min(NEAREST) ** (self.config.alpha / 2)
         count = (gathered.present[u] & gathered.present[v]).sum()
-        return BatchMean.over(count, local, gathered, torch.float32)(powers)
+        return BatchMean.over(count, local, gathered)(powers)
 
     def uniformities(self, local: Embeddings, gathered: Embeddings) -> Float[Tensor, " k"]:
         """log E_(i, j) exp(-t |z_i - z_j|^2) of each view, over the whole batch."""

@@ -15,6 +15,7 @@ from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.distributed.gather import BatchMean
 from mvpretrain.objectives import ObjectiveConfig
 from mvpretrain.objectives._correlations import correlations, off_diagonal
+from mvpretrain.objectives._inputs import any_rows
 from mvpretrain.objectives._settings import agreed_dim, pair_count, pairs_of
 from mvpretrain.objectives._temperature_network import (
     NearIdentity,
@@ -167,6 +168,7 @@ class AMCL(nn.Module):
         if not self.has_negatives:
             self.predictors = nn.ModuleList(NearIdentity(width, config.width) for _ in range(config.heads))
 
+    @any_rows
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         parts: dict[str, Tensor] = {}
         losses, metrics = [], []
@@ -195,8 +197,8 @@ class AMCL(nn.Module):
             valid, all_valid = valid & several, all_valid & several
             negative = self.negatives(h, code, local, gathered, u, v)
             losses = positive.cost(self.config.beta, self.width) - self.negative_cost(positive, negative)
-        mean = BatchMean.over(all_valid.sum(), local, gathered, torch.float32)
-        weight = valid.to(losses.dtype) / mean.divisor  # of each row in a mean
+        mean = BatchMean.over(all_valid.sum(), local, gathered)
+        weight = valid.to(losses.dtype) / mean.divisor(losses.dtype)  # of each row in a mean
         loss = losses.sum(dim=1).masked_fill(~valid, 0) @ weight
         return {"loss": loss, **self.metrics(positive, negative, weight)}
 
@@ -300,6 +302,7 @@ class BarlowAMCL(nn.Module):
         self.network = config.network(width, detach=False)
         self.codes = nn.Parameter(torch.randn(config.heads, width, width) / width**0.5)
 
+    @any_rows
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         code = self.network(self.codes)
         temperature = self.network.between(code[:, :, None], code[:, None])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.objectives import ObjectiveConfig
 from mvpretrain.objectives._correlations import correlations
+from mvpretrain.objectives._inputs import any_rows
 from mvpretrain.types import Embeddings, Losses
 
 
@@ -53,6 +54,7 @@ class Barlow(nn.Module):
         super().__init__()
         self.config, self.pairs = config, list(combinations(views, 2))
 
+    @any_rows
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         parts: dict[str, Tensor] = {}
         values = []

@@ -15,6 +15,7 @@ from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.distributed.gather import own_rows
 from mvpretrain.distributed.sample_state import SampleState
 from mvpretrain.objectives import ObjectiveConfig, registry
+from mvpretrain.objectives._inputs import any_rows
 from mvpretrain.similarity.groups import Groups, group_mean
 from mvpretrain.types import ChoosesGather, Embeddings, Losses, Objective, WeightsAnchors
 
@@ -103,6 +104,7 @@ class DBPM(nn.Module):
         """See `ChoosesGather`: as the objective has it."""
         return not isinstance(self.objective, ChoosesGather) or self.objective.gathers(rows, dim)
 
+    @any_rows
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         like = next(iter(local.z.values())).detach()
         kept = self.store.read(gathered.ids, like.to(torch.promote_types(like.dtype, torch.float32)))

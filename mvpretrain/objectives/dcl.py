@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.distributed.gather import BatchMean
 from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.objectives._inputs import any_rows
 from mvpretrain.similarity.all_pairs import all_pairs
 from mvpretrain.similarity.log_sum_exp import LOG_ZERO, add_log_sums
 from mvpretrain.similarity.positives import has_positive, positive_mean
@@ -76,6 +77,7 @@ class DCL(nn.Module):
     def weight_anchors(self, weighting: AnchorWeighting) -> None:
         self.weighting = weighting
 
+    @any_rows
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         z = local.z[self.views[0]]
         scale = z.new_full((1,), 1 / self.config.temperature, dtype=torch.promote_types(z.dtype, torch.float32))
@@ -109,7 +111,7 @@ class DCL(nn.Module):
         weights = 1.0 if sigma is None else positive_weights(scores, gathered, u, v, all_valid, sigma)
         losses = negatives - weights * scores / self.config.temperature
         losses = losses if self.weighting is None else self.weighting((u, v), losses.masked_fill(~valid, 0), valid)
-        return BatchMean.over(all_valid.sum(), local, gathered, losses.dtype)(losses, valid)
+        return BatchMean.over(all_valid.sum(), local, gathered)(losses, valid)
 
 
 def several_samples(gathered: Embeddings, u: str, v: str) -> Bool[Tensor, ""]:

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.objectives._inputs import any_rows
 from mvpretrain.objectives._moving_average import AnchorAverages, BatchAverages, Gamma, MovingAverages, robust_loss
 from mvpretrain.objectives._settings import MovingAverageConfig, Temperature
 from mvpretrain.types import Embeddings, Losses
@@ -103,6 +104,7 @@ class FastCLIP(nn.Module):
         if config.tau == "global":
             self.log_temperature = config.temperature.parameter()
 
+    @any_rows
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         log_u, *kept = self.averages.read(local, gathered)
         if self.individual:

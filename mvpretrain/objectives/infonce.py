@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mvpretrain.config import unknown
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.objectives._inputs import any_rows
 from mvpretrain.objectives._pair_losses import pair_loss
 from mvpretrain.objectives._settings import Temperature, pairs_of
 from mvpretrain.similarity.all_pairs import all_pairs
@@ -108,6 +109,7 @@ class InfoNCE(nn.Module):
     def weight_anchors(self, weighting: AnchorWeighting) -> None:
         self.weighting = weighting
 
+    @any_rows
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         temperature = self.config.temperature.bounded(self.log_temperature)
         per_pair = temperature.expand(len(self.pairs))

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.objectives._inputs import any_rows
 from mvpretrain.objectives._moving_average import BatchAverages, MovingAverages, robust_loss
 from mvpretrain.objectives._settings import MovingAverageConfig
 from mvpretrain.types import Embeddings, Losses
@@ -76,6 +77,7 @@ class ISogCLR(nn.Module):
         self.config = config
         self.averages = MovingAverages(config.settings(views), collectives, extra=2)
 
+    @any_rows
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         log_u, tau, momentum = self.averages.read(local, gathered)
         tau, momentum = tau.nan_to_num(nan=self.config.init), momentum.nan_to_num(nan=0.0)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mvpretrain.config import unknown
 from mvpretrain.distributed.collectives import Collectives, SingleProcess
 from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.objectives._inputs import any_rows
 from mvpretrain.transport import sinkhorn
 from mvpretrain.transport.contraction import Tables
 from mvpretrain.types import Embeddings, Losses
@@ -129,6 +130,7 @@ class M3G(nn.Module):
         self.config, self.views, self.collectives = config, views, collectives
         self.epsilon = config.scale(len(views))
 
+    @any_rows
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         k = len(self.views)
         rows = present_rows(local if self.config.scope == "rank" else gathered, self.views)

@@ -14,6 +14,7 @@ from torch.nn.functional import softplus
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.distributed.gather import BatchMean, own_rows
 from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.objectives._inputs import any_rows
 from mvpretrain.objectives._settings import pairs_of
 from mvpretrain.similarity.autograd import Tensors, logsumexp_of_score
 from mvpretrain.similarity.groups import classes
@@ -66,6 +67,7 @@ class MultiSimilarity(nn.Module):
         super().__init__()
         self.config, self.collectives, self.pairs = config, collectives, pairs_of(config.pairs, views)
 
+    @any_rows
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         classes_of_all = classes(gathered.ids, gathered.labels) if self.config.labels else gathered.ids
         own = classes_of_all[own_rows(local, self.collectives)]
@@ -103,7 +105,7 @@ class MultiSimilarity(nn.Module):
         pulled, _ = logsumexp_of_score(positive, (rows, row_classes, most), (columns, column_classes), (), valid)
         pushed, _ = logsumexp_of_score(negative, (rows, row_classes, least), (columns, column_classes), (), valid)
         losses = softplus(pulled.clamp_min(LOG_ZERO)) / c.alpha + softplus(pushed.clamp_min(LOG_ZERO)) / c.beta
-        mean = BatchMean.over(gathered.present[u].sum(), local, gathered, torch.float32)
+        mean = BatchMean.over(gathered.present[u].sum(), local, gathered)
         return mean(losses, local.present[u])
 
     @torch.no_grad()

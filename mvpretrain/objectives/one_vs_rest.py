@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.objectives._inputs import any_rows
 from mvpretrain.objectives._pair_losses import pair_loss
 from mvpretrain.objectives._settings import Temperature
 from mvpretrain.similarity.all_pairs import all_pairs
@@ -70,6 +71,7 @@ class OneVsRest(nn.Module):
     def weight_anchors(self, weighting: AnchorWeighting) -> None:
         self.weighting = weighting
 
+    @any_rows
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         temperature = self.config.temperature.bounded(self.log_temperature)
         per_view = temperature.expand(len(self.views))

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.objectives._inputs import any_rows
 from mvpretrain.objectives._tuples import complete, tuple_mean
 from mvpretrain.similarity import autograd
 from mvpretrain.types import Embeddings, Losses
@@ -68,6 +69,7 @@ class Pmrl(nn.Module):
         super().__init__()
         self.config, self.views = config, list(views)
 
+    @any_rows
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         ours, theirs = complete(local, self.views), complete(gathered, self.views)
         own, all_tuples = spectrum(torch.stack(ours.z, dim=1)), spectrum(torch.stack(theirs.z, dim=1))

@@ -14,6 +14,7 @@ from torch.nn.functional import logsigmoid
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.distributed.gather import BatchMean
 from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.objectives._inputs import any_rows
 from mvpretrain.objectives._settings import Temperature
 from mvpretrain.similarity import autograd
 from mvpretrain.similarity.all_pairs import all_pairs
@@ -76,6 +77,7 @@ class Polyview(nn.Module):
         self.config, self.views, self.collectives = config, list(views), collectives
         self.log_temperature = config.temperature.parameter()
 
+    @any_rows
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         temperature = self.config.temperature.bounded(self.log_temperature)
         scale = 1 / temperature
@@ -94,10 +96,10 @@ class Polyview(nn.Module):
             all_valid = torch.stack([has_positive(gathered, candidates, a, b) for b in others]).any(dim=0)
             sums.append(losses.masked_fill(~valid.any(dim=0), 0).sum())
             counts.append(all_valid.sum())
-            parts[f"loss/{a}"] = BatchMean.over(counts[-1], local, gathered, losses.dtype)(sums[-1].detach())
+            parts[f"loss/{a}"] = BatchMean.over(counts[-1], local, gathered)(sums[-1].detach())
         parts["temperature"] = temperature[0].detach()
         total = torch.stack(sums)
-        return Losses(BatchMean.over(torch.stack(counts), local, gathered, total.dtype)(total), parts)
+        return Losses(BatchMean.over(torch.stack(counts), local, gathered)(total), parts)
 
 
 def average(

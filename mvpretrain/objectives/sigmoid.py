@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.distributed.gather import BatchMean
 from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.objectives._inputs import any_rows
 from mvpretrain.similarity import autograd
 from mvpretrain.similarity.groups import count_by_key
 from mvpretrain.similarity.positives import positive_mean
@@ -66,6 +67,7 @@ class Sigmoid(nn.Module):
         self.log_scale = nn.Parameter(torch.full((length,), math.log(config.scale)), requires_grad=config.learnable)
         self.bias = nn.Parameter(torch.full((length,), config.bias), requires_grad=config.learnable)
 
+    @any_rows
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         scale, bias = self.log_scale.exp(), self.bias
         scales, biases = scale.expand(len(self.pairs)).split(1), bias.expand(len(self.pairs)).split(1)
@@ -98,4 +100,4 @@ def pair_loss(
     losses = as_negatives - count_by_key(gathered.ids, gathered.present[v], local.ids) * logits
     # B is half the sum of both views' rows.
     rows = gathered.present[u].sum() + gathered.present[v].sum()
-    return 2 * BatchMean.over(rows, local, gathered, losses.dtype)(losses, local.present[u])
+    return 2 * BatchMean.over(rows, local, gathered)(losses, local.present[u])

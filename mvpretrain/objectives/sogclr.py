@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.objectives._inputs import any_rows
 from mvpretrain.objectives._moving_average import Gamma, MovingAverages, robust_loss
 from mvpretrain.objectives._settings import MovingAverageConfig
 from mvpretrain.types import Embeddings, Losses
@@ -56,6 +57,7 @@ class SogCLR(nn.Module):
         self.config = config
         self.averages = MovingAverages(config.settings(views), collectives)
 
+    @any_rows
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         (old,) = self.averages.read(local, gathered)
         tau = old.new_full((len(local.ids),), self.config.temperature)

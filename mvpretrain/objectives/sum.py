@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mvpretrain.config import Config, unknown
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.objectives import ObjectiveConfig, registry
+from mvpretrain.objectives._inputs import any_rows
 from mvpretrain.types import ChoosesGather, Embeddings, Losses, Objective
 
 
@@ -133,6 +134,7 @@ class Sum(nn.Module):
         """See `ChoosesGather`: where a term wants the gathered rows, the others use them too."""
         return any(not isinstance(x, ChoosesGather) or x.gathers(rows, dim) for x in self.objectives)
 
+    @any_rows
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         parts: dict[str, Tensor] = {}
         weighted = []

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.distributed.gather import BatchMean, own_rows
 from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.objectives._inputs import any_rows
 from mvpretrain.objectives._settings import Temperature
 from mvpretrain.similarity.all_pairs import all_pairs
 from mvpretrain.similarity.groups import classes, count_by_key, sum_by_key
@@ -64,6 +65,7 @@ class SupCon(nn.Module):
         self.config, self.views, self.collectives = config, list(views), collectives
         self.log_temperature = config.temperature.parameter()
 
+    @any_rows
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         temperature = self.config.temperature.bounded(self.log_temperature)
         scale = 1 / temperature
@@ -82,9 +84,9 @@ class SupCon(nn.Module):
             losses = denominators[u] - scale * (local.z[u] * mean).sum(dim=1)
             sums.append(losses.masked_fill(~(local.present[u] & (counts > 0)), 0).sum())
             anchor_counts.append((gathered.present[u] & (all_counts > 0)).sum())
-            parts[f"loss/{u}"] = BatchMean.over(anchor_counts[-1], local, gathered, scale.dtype)(sums[-1].detach())
+            parts[f"loss/{u}"] = BatchMean.over(anchor_counts[-1], local, gathered)(sums[-1].detach())
         parts["temperature"] = temperature[0].detach()
-        mean = BatchMean.over(torch.stack(anchor_counts), local, gathered, scale.dtype)
+        mean = BatchMean.over(torch.stack(anchor_counts), local, gathered)
         return Losses(mean(torch.stack(sums)), parts)
 
     def denominators(

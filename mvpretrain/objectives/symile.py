@@ -15,6 +15,7 @@ from mvpretrain.config import Config
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.distributed.id_table import splitmix64
 from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.objectives._inputs import any_rows
 from mvpretrain.objectives._temperature import bounded_exp
 from mvpretrain.objectives._tuples import Tuples, complete, tuple_mean
 from mvpretrain.similarity.autograd import Tensors, logsumexp, logsumexp_of_score
@@ -103,6 +104,7 @@ class Symile(nn.Module):
         self.step: Tensor
         self.register_buffer("step", torch.zeros(1, dtype=torch.int64))
 
+    @any_rows
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         ours, theirs = complete(local, self.views), complete(gathered, self.views)
         s, k, d = self.config.scale, len(self.views), theirs.z[0].shape[1]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, normalize
 
 from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.objectives._inputs import any_rows
 from mvpretrain.objectives._moving_average import Gamma, MovingAverages, robust_loss
 from mvpretrain.objectives._settings import MovingAverageConfig, agreed_dim
 from mvpretrain.types import Embeddings, Losses
@@ -83,6 +84,7 @@ class TempNet(nn.Module):
         self.views = list(dict.fromkeys(v for direction in self.averages.directions for v in direction))
         self.networks = nn.ModuleList(Predictor(config, dim) for _ in self.views)
 
+    @any_rows
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         (old,) = self.averages.read(local, gathered)
         predicted = {v: network(local.z[v].detach()) for v, network in zip(self.views, self.networks, strict=True)}

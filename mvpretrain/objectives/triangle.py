@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mvpretrain.distributed.collectives import Collectives
+from mvpretrain.objectives._inputs import any_rows
 from mvpretrain.objectives._tuples import AnchoredTupleConfig, TupleFeatures, Tuples, complete, contrast, tuple_mean
 from mvpretrain.similarity.autograd import Tensors
 from mvpretrain.types import Embeddings, Losses
@@ -77,6 +78,7 @@ class Triangle(nn.Module):
         self.config, self.views = config, list(views)
         self.log_temperature = config.temperature.parameter()
 
+    @any_rows
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         temperature = self.config.temperature.bounded(self.log_temperature)
         ours, theirs = complete(local, self.views), complete(gathered, self.views)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mvpretrain.distributed.collectives import Collectives
 from mvpretrain.objectives import ObjectiveConfig
+from mvpretrain.objectives._inputs import any_rows
 from mvpretrain.types import Embeddings, Losses
 
 FLAT = 1e-4  # added to variances, as in the paper: a root has no gradient at 0
@@ -63,6 +64,7 @@ class Vicreg(nn.Module):
         super().__init__()
         self.config, self.views = config, list(views)
 
+    @any_rows
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
         z = torch.stack([gathered.z[v] for v in self.views], dim=1)
         z = z.to(torch.promote_types(z.dtype, torch.float32))

@@ -88,9 +88,7 @@ def check_slices(config: ObjectiveConfig, pool: Pool) -> None:
 
 
 def require_slices(ranks: Sequence[Outcome], alone: Outcome, dtype: torch.dtype) -> None:
-    # Quotients of counts are float32 in any table: exact for halves and quarters, to 1e-7 for thirds.
-    near, far = (1e-9, 1e-9) if len(ranks) != 3 else (1e-6, 1e-6)
-    near, far = (near, far) if dtype == torch.float64 else (1e-5, 1e-4)
+    near, far = (1e-9, 1e-9) if dtype == torch.float64 else (1e-5, 1e-4)
     for rank, found in enumerate(ranks):
         for step, wanted in enumerate(alone.values):
             what = f"the mean value over ranks in step {step}"

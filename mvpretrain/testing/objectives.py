@@ -49,9 +49,10 @@ def check_objective(
 
 
 def value(config: ObjectiveConfig, whole: Embeddings) -> Losses:
-    """A new objective's losses on one table in one process."""
+    """A new objective's losses on one table in one process; its parameters are float64 with the rows, else float32."""
     z = next(iter(whole.z.values()))
-    return build(config, len(whole.z), z.dtype, dim=z.shape[1])(whole, whole)
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    return build(config, len(whole.z), dtype, dim=z.shape[1])(whole, whole)
 
 
 def row_gradients(total: Tensor, whole: Embeddings) -> dict[str, Tensor]:
@@ -110,9 +111,15 @@ def check_absence(config: ObjectiveConfig, k: int) -> None:
     total = value(config, whole).total
     z = {v: torch.where(p[:, None], whole.z[v].detach(), other.z[v]) for v, p in whole.present.items()}
     require_close(value(config, whole._replace(z=z)).total, total, 1e-6, 1e-6, "the value with other absent rows")
-    for v, gradient in row_gradients(total, whole).items():
-        largest = float(gradient[~whole.present[v]].abs().sum())
-        require(largest == 0, f"the gradients of absent rows of {v} add to {largest:.6g}")
+    z = {v: z[v].masked_fill(~p[:, None], torch.nan).requires_grad_() for v, p in whole.present.items()}
+    filled = whole._replace(z=z)
+    unknown = value(config, filled).total
+    require_close(unknown, total, 1e-6, 1e-6, "the value with NaN in absent rows")
+    for found, table_ in ((total, whole), (unknown, filled)):
+        for v, gradient in row_gradients(found, table_).items():
+            require_finite(gradient, f"the gradient of {v}")
+            largest = float(gradient[~whole.present[v]].abs().sum())
+            require(largest == 0, f"the gradients of absent rows of {v} add to {largest:.6g}")
     longer = value(config, whole.pad(ROWS + 5)).total
     require_close(longer, total, 1e-6, 1e-6, "the value with 5 more rows that are absent in every view")
 
@@ -166,12 +173,25 @@ def require_finite_results(objective: Objective, whole: Embeddings, when: str) -
 
 
 def check_dtypes(config: ObjectiveConfig, k: int) -> None:
-    """float64 is computed in float64, and float32 comes near it."""
+    """float64 is computed in float64, float32 comes near it; half precision and autocast do not reach the objective."""
     whole = table(k, dtype=torch.float64)
     wanted = value(config, whole)
     require_scalars(wanted, torch.float64)
     found = value(config, cast(whole, torch.float32)).total
     require_close(found, wanted.total, 1e-3, 1e-4, "the value in float32, against float64,")
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded = cast(whole, dtype)
+        single = leaves(cast(rounded, torch.float32))
+        one = value(config, single).total
+        halves = leaves(rounded)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            other = value(config, halves).total
+        require_close(
+            other, one, 1e-6, 1e-6, f"the value of {dtype} rows inside autocast, against the same in float32,"
+        )
+        wide = row_gradients(one, single)
+        for v, gradient in row_gradients(other, halves).items():
+            require_close(gradient.float(), wide[v], 0.02, 1e-3, f"the gradient of {v} in {dtype}")
 
 
 def cast(whole: Embeddings, dtype: torch.dtype) -> Embeddings:
