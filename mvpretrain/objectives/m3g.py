@@ -27,8 +27,8 @@ class M3GConfig(ObjectiveConfig):
 
     `temperature` compares with InfoNCE's and means the same for any k; epsilon = 0.2 is one of 0.4 for two views, 0.9
     for three and 1.6 for four. `tolerance` bounds the gradient's error, relative to the gradient; `max_steps` of
-    Newton's method bound the work on it. `views` are those that are matched. `scope: rank` matches each rank's own
-    rows only, as the published runs did.
+    Newton's method, after `sweeps` of Sinkhorn's, bound the work on it. `views` are those that are matched. `scope:
+    rank` matches each rank's own rows only, as the published runs did.
     """
 
     kind: Literal["m3g"] = "m3g"
@@ -36,6 +36,7 @@ class M3GConfig(ObjectiveConfig):
     temperature: float | None = Field(default=None, gt=0)
     tolerance: float = Field(default=0.01, gt=0)
     max_steps: int = Field(default=50, ge=0)
+    sweeps: int = Field(default=2, ge=0)
     views: Literal["all"] | tuple[str, ...] = "all"
     scope: Literal["global", "rank"] = "global"
 
@@ -169,6 +170,7 @@ class M3G(nn.Module):
             [x.new_full((len(x),), 1 / n) for x in z],
             self.config.tolerance,
             max_steps=self.config.max_steps,
+            updates=self.config.sweeps * k,
             scale=lambda tables: mismatched_mass(rows, own, tables, collectives),
             total=collectives.sum,
             maximum=collectives.maximum,

