@@ -63,7 +63,7 @@ class BatchMean(NamedTuple):
     The divisor is the global number of rows that count, divided by the number of ranks; a mean over no rows is 0.
     """
 
-    count: Tensor | int
+    valid_rows: Tensor | int
     rows: int  # of this rank's table
     gathered_rows: int
     sharers: int = 1  # means over the same rows that share their weight
@@ -78,7 +78,7 @@ class BatchMean(NamedTuple):
 
     def divisor(self, dtype: torch.dtype) -> Tensor | float:
         """Rounded once, in the type of what it divides: quotients of integers are float32, too coarse for float64."""
-        count = self.count
+        count = self.valid_rows
         if isinstance(count, Tensor):
             count = count.to(dtype if dtype.is_floating_point else torch.get_default_dtype())
         return count * self.rows / (self.gathered_rows * self.sharers)
