@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from mvpretrain.distributed.collectives import Collectives, SingleProcess
+from mvpretrain.objectives._inputs import any_rows
 from mvpretrain.registry import External, Kind, Registry, build_external
 from mvpretrain.types import Objective
+
+__all__ = ["ExternalObjective", "ObjectiveConfig", "any_rows", "build", "registry"]
 
 
 class ObjectiveConfig(Kind):

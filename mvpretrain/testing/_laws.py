@@ -75,4 +75,4 @@ def require_close(found: Tensor, wanted: Tensor, rtol: float, atol: float, what:
 
 
 def require_finite(x: Tensor | None, what: str) -> None:
-    require(x is not None and bool(x.isfinite().all()), f"{what} is not finite: {x}")
+    require(x is not None and bool(x.isfinite().all()), f"{what} is not finite")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mvpretrain.objectives import any_rows
 from mvpretrain.testing import check_objective
 from mvpretrain.types import Embeddings, Losses
 
@@ -27,6 +28,10 @@ class Distance(nn.Module):
         return [{}]
 
     def forward(self, local: Embeddings, gathered: Embeddings) -> Losses:
+        compute = Distance.compute if self.fault == "absent rows" else any_rows(Distance.compute)
+        return compute(self, local, gathered)
+
+    def compute(self, local: Embeddings, gathered: Embeddings) -> Losses:
         pairs = [self.pair(local, gathered, u, v) for u, v in combinations(self.views, 2)]
         total = torch.stack(pairs).mean() * self.log_scale.clamp(-3, 3).exp()[0]
         if self.training:
@@ -94,6 +99,10 @@ def test_a_fault_that_only_ranks_show_is_caught_on_ranks(ranks, fault, words):
 
 
 SOURCE = """
+from mvpretrain.objectives import any_rows
+from mvpretrain.types import Losses
+
+
 class MyObjective:
     def __init__(self, power=1):
         self.power = power
@@ -106,9 +115,8 @@ class MyObjective:
     def takes(k):
         return k == 2
 
+    @any_rows
     def __call__(self, local, gathered):
-        from mvpretrain.types import Losses
-
         (u, a), (v, b) = local.z.items()
         there = local.present[u] & local.present[v]
         everywhere = (gathered.present[u] & gathered.present[v]).sum().clamp_min(1)
