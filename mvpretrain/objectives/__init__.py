@@ -39,7 +39,7 @@ class ObjectiveConfig(Kind):
         """ValueError where the objective asks for a view that is not among `views`."""
 
     def projection_heads(self) -> int:
-        """The number of heads of equal width that every tower's rows must consist of."""
+        """The number of heads that every tower's rows must consist of, each of the width that a recipe gives as `dim`."""
         return 1
 
     def for_dim(self, dim: int) -> ObjectiveConfig:
@@ -87,7 +87,7 @@ def build(
 ) -> Objective:
     """An objective from settings as a recipe writes them, for use in any training code.
 
-    `views` are the keys of the tables it will be given, and `dim` is their width, which a few kinds must know (amcl).
+    `views` are the keys of the tables it will be given, and `dim` is their width (all heads), which a few kinds must know (amcl).
     ValueError: unknown kind or key, a view that is not there, or a width that is needed or does not fit.
     """
     parsed = registry.parse(config)
