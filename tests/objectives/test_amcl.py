@@ -470,15 +470,20 @@ def test_a_sum_knows_heads_and_width_and_refuses_unequal_ones():
         build({"kind": "sum", "terms": [*terms[:1], {"objective": {"kind": "infonce"}}]}, 2)
 
 
-@pytest.mark.parametrize("objective", ["", "aggregate: top", "base: simsiam", "base: barlow", "published: true"])
+MOCO = "published: true, base: moco, pairs: [[a, b@teacher], [b, a@teacher]]"
+
+
+@pytest.mark.parametrize("objective", ["", "base: simsiam", "base: barlow", "published: true", MOCO])
 def test_a_recipe_trains_and_exports(tmp_path, objective):
     path = tmp_path / "recipe.yaml"
     settings = f"{{kind: amcl, heads: 3, width: 8{objective and ', '}{objective}}}"
     path.write_text(BASE.replace("{kind: infonce}", settings))
     here = [f"run={tmp_path}/run", "dim=2", "loader.workers=0", "engine={kind: none, device: cpu, micro_batch: 3}"]
+    here += ["teacher={queue: 16}", "engine.micro_batch=null"] if objective == MOCO else []
     run = mvpretrain.train(recipe.load(path, [*here, "log={every: 1, tensorboard: false}"]))
     steps = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert all(math.isfinite(x["loss"]) for x in steps[:3]) and any(n.startswith("temperature/") for n in steps[0])
+    assert objective != MOCO or steps[0]["loss"] == 0 != steps[2]["loss"]  # the queue is empty at first
     export_run(run, tmp_path / "out")
     rows = mvpretrain.load(tmp_path / "out", view="a").embed([torch.randn(4).numpy() for _ in range(5)])
     torch.testing.assert_close(rows.unflatten(1, (3, 2)).norm(dim=2), torch.full((5, 3), 3**-0.5))
@@ -523,7 +528,7 @@ def planted(settings: dict[str, Any], seed: int) -> tuple[Tensor, Tensor, Tensor
     return tau[~mismatched], tau[mismatched], parts.get("temperature/positive/at_low", tau.new_zeros(()))
 
 
-@pytest.mark.parametrize(("settings", "least"), [({}, 0.6), ({"beta": 1.0}, 0.75), ({"base": "simclr"}, 0.95)], ids=str)
+@pytest.mark.parametrize(("settings", "least"), [({}, 0.6), ({"beta": 1.0}, 0.75), ({"base": "simclr"}, 0.8)], ids=str)
 def test_mismatched_pairs_get_higher_temperatures(settings, least):
     """How often one of them is above a true pair, by chance 0.5; the authors' settings do not tell them apart."""
     found = [planted(settings, seed)[:2] for seed in (0, 1)]
