@@ -55,7 +55,7 @@ class Recipe(Config):
     towers: dict[str, TowerConfig]
     objective: AnyObjective
     teacher: TeacherConfig | None = None
-    dim: int = Field(default=128, ge=1)
+    dim: int = Field(default=128, ge=1)  # of one head: an objective of several has rows of so many times that
     batch: int = Field(ge=2)  # global: the batch sequence, and so the run, does not depend on the number of ranks
     steps: int | None = Field(default=None, ge=1)
     epochs: float | None = Field(default=None, gt=0)
@@ -92,7 +92,7 @@ class Recipe(Config):
             self.teacher.check(list(self.views), self.engine.ranks)
         self.objective.check(self.columns())
         for tower in self.towers.values():
-            tower.head.check(self.dim, self.objective.projection_heads())
+            tower.head.check(self.objective.projection_heads())
         for name in self.evaluation.by_label:
             if name not in self.views:
                 raise ValueError(unknown("view in evaluation.by_label", name, self.views))
@@ -119,13 +119,17 @@ class Recipe(Config):
         """The views that the objective is given: those of the samples, then the teacher's."""
         return [*self.views, *(self.teacher.names(self.views) if self.teacher else ())]
 
+    def row_dim(self) -> int:
+        """The width of an embedding: all heads, side by side."""
+        return self.dim * self.objective.projection_heads()
+
     def total_steps(self, samples: int) -> int:
         """Optimiser steps of the run over an epoch of this many samples."""
         return self.steps or math.ceil((self.epochs or 0) * samples / self.batch)
 
     def task(self, collectives: Collectives) -> Task:
         """The module that the engine wraps, freshly initialised from torch's generator."""
-        objective = self.objective.for_dim(self.dim).build(self.columns(), collectives)
+        objective = self.objective.for_dim(self.row_dim()).build(self.columns(), collectives)
         heads = self.objective.projection_heads()
         return Task(self.towers_of_views(), self.towers, self.dim, objective, collectives, heads, self.teacher)
 

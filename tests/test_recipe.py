@@ -59,7 +59,6 @@ def test_overrides_reach_every_depth_and_the_dump_reads_back(base):
         ("objective.pairs=[[a, a]]", ["'a' against itself"]),
         ("objective.weights={a-z: 2}", ["a-z", "known: a-b"]),
         ("objective.temperature={init: 2}", ["min <= init <= max", "init=2"]),
-        ("objective={kind: amcl, heads: 3}", ["dim=128 does not divide into the objective's heads=3", "set dim=129"]),
         ("batch=1", ["batch", "greater than or equal to 2", "1"]),
         ("epochs=2", ["either steps or epochs", "steps=3", "epochs=2"]),
         ("engine.ranks=3", ["batch=8", "engine.ranks=3"]),

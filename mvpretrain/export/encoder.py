@@ -27,13 +27,13 @@ class Exported(nn.Module):
     """One view's encoder and head with its evaluation preprocessing.
 
     `forward` and `features` are differentiable and follow `train()` and `eval()`; `embed` always evaluates. `dim` is
-    the width of an embedding, `width` that of the features.
+    the width of an embedding, all heads side by side; `width` that of the features.
     """
 
     def __init__(self, name: str, view: ViewConfig, tower: TowerConfig, dim: int, heads: int = 1):
         super().__init__()
         self.name, self.view, self.dim = name, view, dim
-        self.tower = Tower(tower, dim, heads)
+        self.tower = Tower(tower, dim // heads, heads)
         self.width = cast(Encoder, self.tower.encoder).dim
         self.transform: Transform = view.build(train=False)
 

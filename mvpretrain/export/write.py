@@ -56,7 +56,8 @@ def export_run(
         raise ValueError(f"{str(out)!r} exists; give another folder, or remove it first")
     task, writer = trained_task(recipe, source), settings.build()
     trained = {
-        name: Trained(recipe.views[name], cast(Tower, task.towers[task.views[name]]), recipe.dim) for name in chosen
+        name: Trained(recipe.views[name], cast(Tower, task.towers[task.views[name]]), recipe.row_dim())
+        for name in chosen
     }
     with fresh_folder(out) as folder:
         writer.write(folder, trained)

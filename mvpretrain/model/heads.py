@@ -19,12 +19,8 @@ class HeadConfig(Config):
     width: int | None = None
     norm: str = Field(default="layer", pattern="^(none|layer|batch)$")
 
-    def check(self, dim: int, heads: int) -> None:
-        """ValueError where this projection cannot give `dim` numbers in so many heads."""
-        if dim % heads:
-            raise ValueError(
-                f"dim={dim} does not divide into the objective's heads={heads}; set dim={-(-dim // heads) * heads}"
-            )
+    def check(self, heads: int) -> None:
+        """ValueError where there cannot be so many of this projection."""
         if heads > 1 and self.layers == 0:
             raise ValueError(
                 f"a head of 0 layers has no weights, and the objective asks for heads={heads}, each with its own; set "
@@ -61,11 +57,11 @@ class Heads(nn.Module):
 
 
 def projection(inputs: int, dim: int, config: HeadConfig, heads: int) -> nn.Module:
-    """One head of `dim` outputs, or several of equal parts of them. ValueError: what HeadConfig.check refuses."""
-    config.check(dim, heads)
+    """So many heads of `dim` outputs each: `b inputs -> b (heads dim)`. ValueError: what HeadConfig.check refuses."""
+    config.check(heads)
     if heads == 1:
         return head(inputs, dim, config)
-    return Heads([head(inputs, dim // heads, config) for _ in range(heads)])
+    return Heads([head(inputs, dim, config) for _ in range(heads)])
 
 
 def unit(x: Tensor, heads: int = 1) -> Tensor:

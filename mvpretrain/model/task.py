@@ -32,7 +32,7 @@ class Task(nn.Module):
 
     `views` maps a view to its tower; views that share a tower and a shape go through it in one call. Every tower runs
     on every row of every step, absent rows included (they hold filler), so that no rank ever skips a module: engines
-    that reduce or gather by module cannot deadlock.
+    that reduce or gather by module cannot deadlock. `dim` is the width of one head; a row holds all `heads` of them.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Task(nn.Module):
         self.views, self.heads = dict(views), heads
         built = {name: Tower(config, dim, heads, f"towers.{name}") for name, config in towers.items()}
         self.towers = nn.ModuleDict(built)
-        self.teacher = Teacher(teacher, views, self.towers, dim, collectives)
+        self.teacher = Teacher(teacher, views, self.towers, heads * dim, collectives)
         self.objective = objective
         self.collectives = collectives
         self.phase_timer = PhaseTimer()

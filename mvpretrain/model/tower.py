@@ -1,4 +1,4 @@
-"""An encoder with its head, and how it is trained: `View -> b dim`."""
+"""An encoder with its head or heads, and how it is trained: `View -> b (heads dim)`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TowerConfig(Config):
 
 
 class Tower(nn.Module):
-    """An encoder and its head, or several heads side by side: `View -> b dim`, not normalised.
+    """An encoder and its head, or several heads side by side: `View -> b (heads dim)`, not normalised.
 
     ValueError: settings that cannot be built; the text begins with `key`, the tower's key in a recipe.
     """
@@ -62,11 +62,11 @@ class Tower(nn.Module):
         return self.head(self.encoder(view))
 
     def embed(self, view: View) -> Tensor:
-        """Unit rows: `b dim`, float32 (float64 stays)."""
+        """Unit rows: `b (heads dim)`, float32 (float64 stays)."""
         return unit(self(view), self.heads)
 
     def embed_features(self, features: Tensor) -> Tensor:
-        """Unit rows from the encoder's output: `b width -> b dim`."""
+        """Unit rows from the encoder's output: `b width -> b (heads dim)`."""
         return unit(self.head(features), self.heads)
 
     def train(self, mode: bool = True) -> Tower:

@@ -42,7 +42,7 @@ class ObjectiveConfig(Kind):
         """ValueError where the objective asks for a view that is not among `views`."""
 
     def projection_heads(self) -> int:
-        """The number of heads of equal width that every tower's rows must consist of."""
+        """The number of heads that every tower's rows must consist of, each as wide as a recipe's `dim`."""
         return 1
 
     def for_dim(self, dim: int) -> ObjectiveConfig:
@@ -90,8 +90,8 @@ def build(
 ) -> Objective:
     """An objective from settings as a recipe writes them, for use in any training code.
 
-    `views` are the keys of the tables it will be given, and `dim` is their width, which a few kinds must know (amcl).
-    ValueError: unknown kind or key, a view that is not there, or a width that is needed or does not fit.
+    `views` are the keys of the tables it will be given, and `dim` is their width, all heads together, which a few kinds
+    must know (amcl). ValueError: unknown kind or key, a view that is not there, a width that is needed or does not fit.
     """
     parsed = registry.parse(config)
     parsed.check(views)

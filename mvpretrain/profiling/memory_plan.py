@@ -140,11 +140,11 @@ def plan(model: Model, setting: Setting) -> Plan:
     always, machine = held(model, setting, state)
     columns, queue = len(recipe.columns()), recipe.teacher.queue if recipe.teacher else 0
     local, gathered = setting.rows + queue // setting.ranks, setting.batch + queue
-    objective = recipe.objective.memory(columns, local, gathered, recipe.dim)
+    objective = recipe.objective.memory(columns, local, gathered, recipe.row_dim())
     forward, backward, again = model.passes.at(setting.at_a_time)
     if cut:
         # GradCache keeps the whole table and its gradient while it goes through the rows again.
-        table = (len(recipe.views) + columns) * setting.rows * recipe.dim * 4
+        table = (len(recipe.views) + columns) * setting.rows * recipe.row_dim() * 4
         moments = {
             "objective": {"objective": objective},
             "backward": {"activations": max(again).live + table, "gradients": model.trained},

@@ -113,7 +113,7 @@ def untrained(exported: Exported, seed: int) -> nn.Module:
     """The encoder with fresh weights: what the architecture alone gives."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Tower(exported.tower.config, exported.dim).encoder.eval()
+        return Tower(exported.tower.config, exported.dim // exported.tower.heads).encoder.eval()
 
 
 def raw_features(view: View) -> Tensor:

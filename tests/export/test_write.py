@@ -72,9 +72,10 @@ def test_a_tower_starts_from_an_exported_view_and_refuses_another_one(run, tmp_p
 
 
 def test_several_heads_round_trip_and_are_said(tmp_path):
-    run = make_run(tmp_path, objective={"kind": "amcl", "heads": 2, "width": 4}, dim=6)
+    run = make_run(tmp_path, objective={"kind": "amcl", "heads": 2, "width": 4}, dim=3)
     out = export_run(run, tmp_path / "out")
-    assert json.loads((out / "text/config.json").read_text())["heads"] == 2
+    config = json.loads((out / "text/config.json").read_text())
+    assert (config["dim"], config["heads"]) == (6, 2)  # the rows' width, and of how many heads it is
     rows = torch.randn(7, VECTOR)
     found = load(out, "right").embed(list(rows.numpy()))
     torch.testing.assert_close(found, of_task(run, 10, "right", rows), atol=1e-6, rtol=0)

@@ -197,7 +197,7 @@ def work_of(recipe: Path, overrides: list[str]) -> tuple[str, Work]:
     kind = settings.objective.kind
     if kind not in KINDS:
         raise SystemExit(f"objective kind {kind!r} has no model here; its known kinds are {', '.join(KINDS)}")
-    return kind, Work(0, len(settings.views), settings.dim, trained)
+    return kind, Work(0, len(settings.views), settings.row_dim(), trained)
 
 
 def show_fit(args: argparse.Namespace) -> list[Run]:

@@ -135,7 +135,7 @@ def scores(found: dict[str, float], probes: dict[str, dict[str, list[float]]]) -
 
 def objective_ms(recipe: Recipe, table: Table) -> float:
     """Loss and gradient of one batch of held-out rows, the median of a few."""
-    objective = recipe.objective.for_dim(recipe.dim).build(list(recipe.views), SingleProcess())
+    objective = recipe.objective.for_dim(recipe.row_dim()).build(list(recipe.views), SingleProcess())
     rows = Embeddings(table.z, table.ids, table.present, table.labels).rows(slice(recipe.batch))
     rows = rows._replace(z={v: x.clone().requires_grad_() for v, x in rows.z.items()})
     times = []

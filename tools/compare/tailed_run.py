@@ -43,9 +43,10 @@ OBJECTIVES: dict[str, dict[str, Any] | None] = {
     "untrained": None,
 }
 # Views of one kind repel the other samples of their own view too.
-IN_VIEW = {kind: {"in_view": True} for kind in ("infonce", "sogclr", "isogclr")}
-DIM = "dim=60"  # 3 and 5 heads divide it
-# All heads have batch normalisation: with layer normalisation, amcl's hardest negatives let the features collapse.
+IN_VIEW = {kind: {"in_view": True} for kind in ("infonce", "sogclr", "isogclr", "amcl")}
+DIM = "dim=60"  # of each head
+# All heads have batch normalisation: with layer normalisation, the hardest negatives of amcl's `aggregate: top` let the
+# features collapse.
 
 
 def augmentations(kinds: int) -> str:

@@ -27,12 +27,13 @@ SETTINGS: dict[str, list[Settings]] = {
     "aldr": [{}, {"gradient": "features", "margin": 0.1}, {"alpha": 1.5, "pairs": "view0"}],
     "alignment_uniformity": [{}, {"alpha": 1.0, "t": 3.0, "alignment": 0.5, "uniformity": 2.0}],
     "amcl": [
-        {},
-        {"base": "infonce", "heads": 2, "kappa": 3, "detach": False},
+        {"heads": 1},
+        {"heads": 2, "detach": False, "beta": 0.1, "in_view": True},
+        {"base": "simclr", "heads": 2, "width": 3, "beta": 0.7, "pairs": "view1"},
+        {"base": "infonce", "aggregate": "top", "heads": 2, "kappa": 3, "detach": False},
         {"base": "simsiam", "heads": 2},
         {"base": "barlow", "heads": 2, "eta_low": 0.5, "eta_up": 1.5},
-        {"heads": 1, "kappa": 5},
-        {"heads": 2, "width": 3, "kappa": 2, "beta": 0.7, "pairs": "view1"},
+        {"published": True, "heads": 2, "kappa": 5},
     ],
     "barlow": [{}, {"off_diagonal": 0.1}],
     "dbpm": [

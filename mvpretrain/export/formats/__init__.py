@@ -18,7 +18,7 @@ class Trained(NamedTuple):
 
     view: ViewConfig
     tower: Tower  # in evaluation mode, on the CPU
-    dim: int  # of an embedding
+    dim: int  # of an embedding, all heads side by side
 
 
 @runtime_checkable
