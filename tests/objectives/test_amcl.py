@@ -96,7 +96,7 @@ class Loop:
         hidden = [g.first.weight @ self.head(u, j, c) for j in range(len(self.ids)) if self.there[u][j]]
         mean = sum(hidden) / len(hidden)
         variance = sum((x - mean) ** 2 for x in hidden) / len(hidden)
-        normed = (g.first.weight @ h - mean) / torch.sqrt(variance + 1e-5)
+        normed = (g.first.weight @ h - mean) / (variance + 1e-5) ** 0.5
         out = g.second.weight @ torch.relu(normed * g.weight + g.bias) + g.second.bias
         return out / out.norm()
 
