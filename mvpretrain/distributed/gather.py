@@ -80,7 +80,7 @@ class BatchMean(NamedTuple):
         """Rounded once, in the type of what it divides: quotients of integers are float32, too coarse for float64."""
         count = self.valid_rows
         if isinstance(count, Tensor):
-            count = count.to(dtype if dtype.is_floating_point else torch.get_default_dtype())
+            count = count.to(dtype if dtype.is_floating_point else torch.float64)
         return count * self.rows / (self.gathered_rows * self.sharers)
 
     def __call__(self, values: Tensor, valid: Bool[Tensor, " b"] | None = None) -> Tensor:

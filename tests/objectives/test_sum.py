@@ -84,7 +84,7 @@ def test_parameters_of_terms_are_its_own_and_a_term_may_be_no_module():
     attraction = {"objective": mine, "name": "attraction", "views": ["view2", "view1"]}
     objective = build(of(attraction, *MIXED), 3)
     assert set(objective.state_dict()) == {"stateful.1.log_scale", "stateful.1.bias", "stateful.2.log_temperature"}
-    whole = table(3, dtype=torch.float64)
+    whole = table(3, plain=True, dtype=torch.float64)
     found = floats(objective(whole, whole))
     squares = (whole.z["view2"] - whole.z["view1"]).square().sum(dim=1).mean()
     assert found["loss/attraction"] == found["attraction/value"] == pytest.approx(3 * float(squares))
