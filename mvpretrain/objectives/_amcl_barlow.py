@@ -76,8 +76,7 @@ class BarlowAMCL(nn.Module):
         return diagonal + self.off_diagonal * squares + self.beta * price
 
     def channels(self, z: Float[Tensor, "m n"]) -> Float[Tensor, "h m d"]:
-        """Rows by head, of length one, in float32 at least."""
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        """Rows by head, of length one."""
         return z.unflatten(1, (self.heads, self.width)).movedim(1, 0) * self.heads**0.5
 
     def temperature(self, x: Float[Tensor, "h m d"], y: Float[Tensor, "h m d"]) -> Float[Tensor, "h d d"]:

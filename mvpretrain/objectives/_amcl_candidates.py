@@ -60,13 +60,12 @@ def soft_sum(anchors: HeadRows, candidates: HeadRows, law: PairTemperature, excl
     ids = (anchors.ids, candidates.ids) if exclude_same_id else None
     mask = PairMask(anchors.present, candidates.present, *(ids or ()))
     found = []
-    by_head = (x.unbind(1) for x in (anchors.h, candidates.h, anchors.code, candidates.code))
-    for row, column, row_code, column_code in zip(*by_head):
+    for row, column, *codes in zip(*(x.unbind(1) for x in (anchors.h, candidates.h, anchors.code, candidates.code))):
         if law.low == law.up:  # one temperature, whose cost all candidates and the positive have in common
             scale = row.new_full((1,), 1 / law.low)
             found.append(autograd.logsumexp(row, column, scale, candidates.present, ids))
         else:
-            found.append(per_pair.logsumexp(row, column, row_code, column_code, law, mask))
+            found.append(per_pair.logsumexp(row, column, *codes, temperature=law, mask=mask))
     return SoftSum(*(torch.stack(x, dim=1) for x in zip(*found)))
 
 

@@ -262,13 +262,11 @@ class AMCL(nn.Module):
         return Losses(torch.stack(losses).mean(), parts)
 
     def head_rows(self, table: Embeddings, v: str) -> HeadRows:
-        """Rows by head, each of length one, in float32 at least; without gradient where they are only targets."""
-        z = table.z[v] if self.has_negatives else table.z[v].detach()
-        h = self.by_head(z, table.present[v])
+        """Rows by head, each of length one; without gradient where they are only targets."""
+        h = self.by_head(table.z[v] if self.has_negatives else table.z[v].detach())
         return HeadRows(h, self.network(h), table.present[v], table.ids)
 
-    def by_head(self, z: Tensor, present: Tensor) -> Float[Tensor, "n h d"]:
-        z = z.to(torch.promote_types(z.dtype, torch.float32)).masked_fill(~present[:, None], 0)
+    def by_head(self, z: Float[Tensor, "n d"]) -> Float[Tensor, "n h c"]:
         return z.unflatten(1, (self.config.heads, self.width)) * self.config.heads**0.5
 
     def predicted(self, local: Embeddings, gathered: Embeddings, v: str) -> HeadRows:
@@ -276,7 +274,7 @@ class AMCL(nn.Module):
         whole = self.config.published  # statistics are of the whole batch
         table, own = (gathered, own_rows(local, self.collectives)) if whole else (local, slice(None))
         present = table.present[v]
-        h = self.by_head(table.z[v], present)
+        h = self.by_head(table.z[v])
         predicted = [normalize(g(x), dim=1) for g, x in zip(self.predictors, h[present].unbind(1))]
         h = torch.zeros_like(h).masked_scatter(present[:, None, None], torch.stack(predicted, dim=1))[own]
         return HeadRows(h, self.network(h), local.present[v], local.ids)

@@ -83,7 +83,7 @@ class _LogSumExp(torch.autograd.Function):
         lse, grad = without_empty(lse, grad)
         law, needed = ctx.temperature, ctx.needs_input_grad
         of_rows, of_columns, of_row_codes, of_column_codes = (torch.zeros_like(x) for x in tensors)
-        for i, j, scaled, term, inverse, gate in _tiles(rows, columns, row_codes, column_codes, law, ctx.mask):
+        for i, j, scaled, term, inverse, gate in _tiles(*tensors, law=law, mask=ctx.mask):
             # With weight = grad e^(term - lse): d term / d s = 1 / tau, and
             # d term / d g = ((s - inverse_weight) / tau + log_weight) / tau (up - low) gate (1 - gate).
             weight = term.sub_(lse[i, None]).exp_().mul_(grad[i, None]).mul_(inverse)

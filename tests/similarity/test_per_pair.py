@@ -39,7 +39,7 @@ def test_value_argmax_and_gradients_are_those_of_the_dense_table(monkeypatch, la
     monkeypatch.setattr(blockwise, "ROWS", tile[0])
     monkeypatch.setattr(blockwise, "COLUMNS", tile[1])
     tensors, mask = problem(11, 17, valid)
-    lse, argmax = per_pair.logsumexp(*tensors, law, mask)  # type: ignore
+    lse, argmax = per_pair.logsumexp(*tensors, temperature=law, mask=mask)
     terms = dense(tensors, law, mask)
     counts = terms.amax(dim=1) > -torch.inf
     torch.testing.assert_close(lse, terms.logsumexp(dim=1), rtol=1e-12, atol=1e-12)
@@ -55,13 +55,14 @@ def test_value_argmax_and_gradients_are_those_of_the_dense_table(monkeypatch, la
 def test_gradient_is_that_of_finite_differences():
     tensors, mask = problem(6, 7, 1.0)
     mask = mask._replace(row_ids=torch.arange(6))
-    assert torch.autograd.gradcheck(lambda *x: per_pair.logsumexp(*x, LAWS[1], mask)[0], tensors)  # type: ignore
+    assert torch.autograd.gradcheck(lambda *x: per_pair.logsumexp(*x, temperature=LAWS[1], mask=mask)[0], tensors)
 
 
 def test_equal_bounds_are_one_temperature():
     """Whatever the codes are; what a temperature costs is then a constant."""
     (rows, columns, *codes), mask = problem(11, 17, 1.0)
-    found, _ = per_pair.logsumexp(rows, columns, codes[0], codes[1], PairTemperature(0.2, 0.2, 0.5, 0.1), mask)
+    law = PairTemperature(0.2, 0.2, 0.5, 0.1)
+    found, _ = per_pair.logsumexp(rows, columns, *codes, temperature=law, mask=mask)
     assert mask.row_ids is not None and mask.column_ids is not None
     scale, ids = torch.tensor([5.0], dtype=torch.float64), (mask.row_ids, mask.column_ids)
     wanted, _ = autograd.logsumexp(rows, columns, scale, mask.columns, ids)
@@ -72,6 +73,7 @@ def test_equal_bounds_are_one_temperature():
 def test_sharp_temperatures_and_large_codes_stay_finite_in_float32(size):
     tensors, mask = problem(9, 9, 1.0)
     tensors = [(x.detach() * (1 if i < 2 else size)).float().requires_grad_() for i, x in enumerate(tensors)]
-    lse, _ = per_pair.logsumexp(*tensors, PairTemperature(1e-5, 2.0, 64e-4, 1e-4), mask)
+    law = PairTemperature(1e-5, 2.0, 64e-4, 1e-4)
+    lse, _ = per_pair.logsumexp(*tensors, temperature=law, mask=mask)
     assert lse.isfinite().all()
     assert all(g.isfinite().all() for g in torch.autograd.grad(lse.sum(), tensors))
